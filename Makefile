@@ -14,6 +14,8 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready$(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))
 HALF_MADE := $(VENV)/.installing
 LOG := $(VENV)/install.log
+# The suite is bound by compilation, one thread each: two workers halve it. ARGS="-n 0" for one.
+PYTEST := $(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help train test lint format types docs-check wheel-check venv clean
@@ -26,7 +28,7 @@ train: $(READY)  ## the main job: sparse training on the bundled text (options: 
 	@$(PY) -m experiments.train_lm $(ARGS)
 
 test: $(READY)  ## the whole test suite, with doctests, README and notebooks
-	@$(PY) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 lint: $(READY)  ## ruff: rules and format
 	@$(PY) -m ruff check .
@@ -40,7 +42,7 @@ types: $(READY)  ## pyright
 	@$(PY) -m pyright --pythonpath $(PY)
 
 docs-check: $(READY)  ## doctests, code blocks of README and docs, notebooks
-	@$(PY) -m pytest jaxsparse pallas_kernels tests/test_docs.py
+	@$(PYTEST) jaxsparse pallas_kernels tests/test_docs.py
 
 wheel-check: $(READY)  ## build the wheel and use it from an empty venv
 	@bash tests/wheel.sh $(PY)
