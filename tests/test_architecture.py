@@ -41,7 +41,7 @@ SEES = {
 ANY_ROOM = ("report", "checkpoint", "testing", "jaxsparse")  # the last: jaxsparse/__init__.py
 LEAF = "_tree"  # every room of jaxsparse may import it
 THIRD_PARTY = {"jaxsparse": {"jax", "numpy", "optax"}, "pallas_kernels": {"jax"}}
-THIRD_PARTY_OF_ROOM = {"nn": {"flax"}, "checkpoint": {"orbax"}}
+THIRD_PARTY_OF_ROOM = {"nn": {"flax"}, "checkpoint": {"orbax", "etils"}}  # etils: orbax's paths
 
 
 def read_tree():
@@ -97,8 +97,16 @@ def resolve(name, files, whole):
     return None
 
 
+def rebound_names(files):
+    """Names of `jaxsparse/__init__.py` that hide a file: `jsp.masks` is not `jaxsparse/masks.py`."""
+    init = "jaxsparse/__init__.py"
+    from_ = [n for n in ast.walk(ast.parse(files[init])) if isinstance(n, ast.ImportFrom)]
+    names = {a.asname or a.name for n in from_ if n.module != "jaxsparse" for a in n.names}
+    return {f"jaxsparse.{name}" for name in names if f"jaxsparse/{name}.py" in files}
+
+
 def check_imports(files):
-    bad = []
+    bad, rebound = [], rebound_names(files)
     for path, source in files.items():
         room, package = room_of(path), path.split("/")[0]
         if package == "jaxsparse" and room not in {*SEES, *ANY_ROOM}:
@@ -121,6 +129,10 @@ def check_imports(files):
             if other not in visible_from(room) and not (package == "jaxsparse" and other == LEAF):
                 bad.append(f"{path}:{line}: room `{room}` may not import room `{other}` ({name})")
             inside = top == package and not path.endswith("__init__.py")
+            if inside and name in rebound:
+                bad.append(
+                    f"{path}:{line}: an export hides the file {name}: name what you need in it"
+                )
             if inside and target.endswith("__init__.py"):
                 bad.append(f"{path}:{line}: import the file that defines {name}, not {target}")
     return bad
@@ -213,7 +225,7 @@ def test_every_public_name_is_documented_and_listed():
 
 
 SMALL = {
-    "jaxsparse/__init__.py": '"""Doc."""\nfrom jaxsparse.masks import a\n__all__ = ["a"]\n',
+    "jaxsparse/__init__.py": '"""Doc."""\nfrom jaxsparse.training._set import masks\n__all__ = []\n',
     "jaxsparse/_tree.py": "import jax\n",
     "jaxsparse/masks.py": "from jaxsparse._tree import paths\nfrom jaxsparse.patterns import NM\n",
     "jaxsparse/patterns.py": "import numpy as np\n",
@@ -240,6 +252,7 @@ SMALL = {
         ("training/_set.py", "import jaxsparse.oneshot._prune", "import room `oneshot`"),
         ("training/_set.py", "\nfrom jaxsparse.formats._csr import CSR", "room `formats`"),
         ("training/_set.py", "\nfrom jaxsparse.scores import snip", "import the file that defines"),
+        ("training/_set.py", "\nfrom jaxsparse import masks", "an export hides the file"),
         ("training/_set.py", "import jaxsparse", "`training` may not import room `jaxsparse`"),
         ("training/_set.py", "\nfrom flax import nnx", "`training` may not import flax"),
         ("masks.py", "import orbax.checkpoint", "`masks` may not import orbax"),
