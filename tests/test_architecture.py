@@ -39,6 +39,7 @@ SEES = {
     **dict.fromkeys("select schedules activations dictionary pallas_kernels _tree".split(), ""),
 }
 ANY_ROOM = ("report", "checkpoint", "testing", "jaxsparse")  # the last: jaxsparse/__init__.py
+PART_OF = {"allocators": "plans"}  # one room in two files
 LEAF = "_tree"  # every room of jaxsparse may import it
 THIRD_PARTY = {"jaxsparse": {"jax", "numpy", "optax"}, "pallas_kernels": {"jax"}}
 THIRD_PARTY_OF_ROOM = {"nn": {"flax"}, "checkpoint": {"orbax", "etils"}}  # etils: orbax's paths
@@ -56,7 +57,8 @@ def room_of(path):
         return package
     if rest in ([], ["__init__"]):
         return "jaxsparse"
-    return "/".join(rest) if "/".join(rest) in SEES else rest[0]
+    room = "/".join(rest) if "/".join(rest) in SEES else rest[0]
+    return PART_OF.get(room, room)
 
 
 def visible_from(room):
