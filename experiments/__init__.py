@@ -1,0 +1,1 @@
+"""Runs that back a claim, one file each, on a small harness; they work from a checkout."""

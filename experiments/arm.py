@@ -1,0 +1,114 @@
+"""One way to train the model: an optimizer, with or without masks, and its jitted functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import jaxsparse as jsp
+from experiments.options import ALGORITHMS, Options, model_config, optimizer
+from models.transformer import Transformer
+
+Tree = Any
+
+
+class Arm(NamedTuple):
+    """A way to train; `graph` and params make the model (`nnx.merge(graph, params)`).
+
+    Attributes:
+        name: `rigl`, `dense`, ...
+        graph: static half of the model.
+        tx: the optimizer.
+        init: () -> (params, opt_state).
+        step: (params, opt_state, tokens [B, T + 1]) -> (params, opt_state, nats a byte); donates
+            both trees.
+        nats: (params, opt_state, tokens, weights) -> (weighted sum of nats, sum of weights).
+        view: (params, opt_state) -> the params that the model sees.
+        masks: opt_state -> mask tree, or None without masks.
+    """
+
+    name: str
+    graph: Any
+    tx: optax.GradientTransformationExtraArgs
+    init: Callable[[], tuple[Tree, Tree]]
+    step: Callable[[Tree, Tree, jax.Array], tuple[Tree, Tree, jax.Array]]
+    nats: Callable[[Tree, Tree, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    view: Callable[[Tree, Tree], Tree]
+    masks: Callable[[Tree], Tree] | None
+
+
+def make_arm(options: Options, algorithm: str) -> Arm:
+    """Build the arm of an algorithm; `dense` has no masks. Nothing is allocated or compiled yet.
+
+    Raises:
+        ValueError: the plan does not fit the model, for example NM(3, 7) on a width of 256.
+    """
+    config = model_config(options)
+    inner = optax.with_extra_args_support(optimizer(options.training))
+    make = partial(Transformer, config)
+    graph = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))[0]
+    updater = None if algorithm == "dense" else ALGORITHMS[algorithm](options)
+    tx = inner if updater is None else jsp.sparsify(inner, updater, packed=True)
+
+    def view(params, state):
+        return params if updater is None else updater.view(params, state.updater)
+
+    @jax.jit
+    def init():
+        params = nnx.split(make(rngs=nnx.Rngs(options.training.seed)))[1]
+        state = tx.init(params)
+        if updater is not None:  # what is not kept is zero from the first forward pass on
+            params = jsp.apply_masks(params, updater.kept(state.updater, state.updater))
+        return params, state
+
+    def losses(params, state, tokens):
+        logits = nnx.merge(graph, view(params, state))(tokens[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, tokens):
+        value, gradient = jax.value_and_grad(lambda p: losses(p, state, tokens).mean())(params)
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    @jax.jit
+    def nats(params, state, tokens, weights):
+        return (losses(params, state, tokens) * weights).sum(), weights.sum()
+
+    masks = None if updater is None else jax.jit(jsp.masks)
+    jax.eval_shape(init)  # plans that do not fit are found here
+    return Arm(algorithm, graph, tx, init, step, nats, view, masks)
+
+
+def bits_per_byte(arm: Arm, params: Tree, state: Tree, windows: Iterable[Any]) -> float:
+    """Mean bits per byte over the windows of `text.windows`."""
+    total, count = 0.0, 0.0
+    for tokens, weights in windows:
+        nats, number = arm.nats(params, state, jnp.asarray(tokens), jnp.asarray(weights))
+        total, count = total + float(nats), count + float(number)
+    return total / count / float(np.log(2))
+
+
+@jax.jit
+def by_layer(old: Tree, new: Tree) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Sparsity of `new` and churn from `old` by path, each [L]; leaves never pruned are left out.
+
+    Churn is the share of kept weights that were not kept before.
+    """
+    found = {}
+    pairs = zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(old), strict=True)
+    for (path, mask), before in pairs:
+        if mask.ndim:
+            name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+            axes = tuple(range(1, mask.ndim))
+            kept = mask.mean(axis=axes)
+            fresh = (mask & ~before).mean(axis=axes)
+            found[name] = (1 - kept, fresh / jnp.maximum(kept, 1e-12))
+    return found

@@ -1,0 +1,175 @@
+"""The training loop: resumes exactly, stops cleanly, and leaves metrics and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from experiments.arm import Arm, bits_per_byte, by_layer
+from experiments.log import Display, Metrics
+from experiments.options import Options, identity, learning_rate, model_config
+from experiments.text import Text, batches, windows
+from jaxsparse.checkpoint import Checkpointer
+from models.flops import parameter_shapes
+
+CHECKED = 128  # windows of a validation on the way; the last one takes them all
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved `step`."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+
+class Stop:
+    """While open, Ctrl-C and SIGTERM set `asked`; a second Ctrl-C raises KeyboardInterrupt."""
+
+    def __enter__(self) -> Stop:
+        self.asked = False
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._ask) for number in signals}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class Trained(NamedTuple):
+    """What `train` returns: the content of result.json, and the state after the last step."""
+
+    result: dict[str, Any]
+    params: Any
+    state: Any
+    resumed: bool  # nothing was trained: the run had been finished before
+
+
+def train(arm: Arm, options: Options, text: Text, out: Path, console: Console) -> Trained:
+    """Train an arm to its last step, from the last checkpoint in `out` if there is one.
+
+    A step is a function of params, optimizer state and step number, and so are batches, learning
+    rate and masks: on the same machine and versions, a run that was killed and goes on has the
+    losses, bit for bit, of one that was not.
+
+    Args:
+        arm: what to train.
+        options: of the run.
+        text: what to learn and to validate on.
+        out: gets metrics.jsonl, checkpoints/ and result.json.
+        console: for the progress bar.
+
+    Raises:
+        Interrupted: stopped by Ctrl-C or SIGTERM; a checkpoint of the last step is saved.
+        FloatingPointError: the loss is not finite any more.
+        ValueError: `out` has a run of other options.
+    """
+    about = {"arm": arm.name, **identity(options, text.digest, arm.name)}
+    total, context = options.training.steps, model_config(options).context
+    finished = out / "result.json"
+    with Stop() as stop, Checkpointer(out / "checkpoints", config=about) as checkpoints:
+        restored = checkpoints.restore(*jax.eval_shape(arm.init))
+        if restored is None:
+            done, params, state = 0, *arm.init()
+        else:
+            done, params, state = restored.step, restored.params, restored.opt_state
+        if done == total and finished.exists():
+            return Trained(json.loads(finished.read_text()), params, state, True)
+        tokens = options.training.batch * context
+        with (
+            Metrics(out / "metrics.jsonl", done=done) as metrics,
+            Display(console, arm.name, total=total, done=done, tokens=tokens) as display,
+        ):
+            run = _Run(arm, options, text, metrics, display)
+            while done < total:
+                params, state = run.step(done, params, state)
+                done += 1
+                if done % options.output.checkpoint_every == 0 or done == total or stop.asked:
+                    masks = None if arm.masks is None else arm.masks(state)
+                    checkpoints.save(done, params=params, opt_state=state, masks=masks)
+                if stop.asked and done < total:
+                    checkpoints.wait()
+                    raise Interrupted(done)
+            display.say(f"{arm.name}: measuring on all held-out text")
+            parts = windows(text.valid, context=context, batch=options.training.batch)
+            bits = bits_per_byte(arm, params, state, parts)
+    result = {
+        "steps": total,
+        "tokens": total * tokens,
+        "valid_bits_per_byte": bits,
+        "valid_loss": bits * math.log(2),
+        "tokens_per_second": display.rate,
+    }
+    write_json(finished, result)
+    return Trained(result, params, state, False)
+
+
+class _Run:
+    """One step of training with all that is measured around it."""
+
+    def __init__(
+        self, arm: Arm, options: Options, text: Text, metrics: Metrics, display: Display
+    ) -> None:
+        self.arm, self.options, self.text = arm, options, text
+        self.metrics, self.display = metrics, display
+        self.shape = {"context": model_config(options).context, "batch": options.training.batch}
+        self.data = batches(text.train, seed=options.training.seed, **self.shape)
+        self.rate = jax.jit(learning_rate(options.training))
+        self.sizes = parameter_shapes(model_config(options))
+
+    def step(self, done: int, params: Any, state: Any) -> tuple[Any, Any]:
+        """Make step number `done` (from zero); what is recorded depends on that number alone."""
+        arm, output, every = self.arm, self.options.output, self.options.sparse.every
+        watched = arm.masks is not None and done % every == 0  # masks may change in this step
+        before = arm.masks(state) if watched else None
+        params, state, loss = arm.step(params, state, jnp.asarray(self.data[done]))
+        record: dict[str, Any] = {}
+        if watched:
+            layers = by_layer(before, arm.masks(state))
+            record["sparsity"] = {path: _floats(x[0]) for path, x in layers.items()}
+            record["churn"] = {path: _floats(x[1]) for path, x in layers.items()}
+            kept = {path: 1 - sum(x) / len(x) for path, x in record["sparsity"].items()}
+            size = {path: math.prod(self.sizes[path]) for path in kept}
+            removed = sum(size[p] * (1 - kept[p]) for p in kept) / max(sum(size.values()), 1)
+            self.display.sparsity = removed
+        if done == 0 or (done + 1) % output.validate_every == 0:
+            some = windows(self.text.valid, limit=CHECKED, **self.shape)
+            record["valid_bits_per_byte"] = bits_per_byte(arm, params, state, some)
+        last = done + 1 == self.options.training.steps
+        if record or last or (done + 1) % output.log_every == 0:
+            value = float(loss)
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the loss is {value} at step {done + 1}. Lower --learning-rate "
+                    f"({self.options.training.learning_rate}) or raise --warmup."
+                )
+            rate = float(self.rate(done))
+            record = {"step": done + 1, "loss": value, "learning_rate": rate} | record
+            self.metrics.write(record)
+            self.display.loss(value)
+        self.display.step(done + 1)
+        return params, state
+
+
+def _floats(values: Any) -> list[float]:
+    return [float(x) for x in values]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
