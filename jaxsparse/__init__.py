@@ -1,0 +1,86 @@
+"""Functional sparsity for JAX: masks as pytrees, sparse training as an Optax transform."""
+
+from jaxsparse import scores
+from jaxsparse._masks import (
+    apply_masks,
+    churn,
+    density,
+    overlap,
+    pack_masks,
+    sparsity,
+    unpack_masks,
+)
+from jaxsparse.allocators import global_, lamp
+from jaxsparse.oneshot import prune
+from jaxsparse.patterns import NM, Block, Channel, FanIn, Pattern, Unstructured, make_mask
+from jaxsparse.plans import Distribution, LeafPlan, Plan, erk, prunable, uniform
+from jaxsparse.schedules import constant, cosine, cubic, every, linear, once
+from jaxsparse.scores import fisher, gradient, magnitude, movement, random, saliency, snip
+from jaxsparse.training import (
+    MaskUpdater,
+    SparseState,
+    check,
+    fixed,
+    gradual,
+    masks,
+    rigl,
+    set_,
+    sparsify,
+    sr_ste,
+    static,
+    ste,
+    straight_through,
+)
+
+__all__ = [
+    "Block",
+    "Channel",
+    "Distribution",
+    "FanIn",
+    "LeafPlan",
+    "MaskUpdater",
+    "NM",
+    "Pattern",
+    "Plan",
+    "SparseState",
+    "Unstructured",
+    "apply_masks",
+    "check",
+    "churn",
+    "constant",
+    "cosine",
+    "cubic",
+    "density",
+    "erk",
+    "every",
+    "fisher",
+    "fixed",
+    "global_",
+    "gradient",
+    "gradual",
+    "lamp",
+    "linear",
+    "magnitude",
+    "make_mask",
+    "masks",
+    "movement",
+    "once",
+    "overlap",
+    "pack_masks",
+    "prunable",
+    "prune",
+    "random",
+    "rigl",
+    "saliency",
+    "scores",
+    "set_",
+    "snip",
+    "sparsify",
+    "sparsity",
+    "sr_ste",
+    "static",
+    "ste",
+    "straight_through",
+    "uniform",
+    "unpack_masks",
+]

@@ -1,0 +1,112 @@
+"""Paths, tables and shardings: what every room needs to speak about the leaves of a tree."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.shard_alike import shard_alike
+from jax.sharding import AxisType
+
+Tree = Any
+
+
+def path_str(path: tuple[Any, ...]) -> str:
+    """`layers/0/up/kernel`; the `/value` that NNX variables add at the end is dropped."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def paths(tree: Tree) -> list[str]:
+    """The path of each leaf, in flatten order."""
+    return [path_str(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def same_structure(tree: Tree, reference: Tree, what: str) -> None:
+    """Raise a ValueError that names the first path that only one of two trees has."""
+    if jax.tree.structure(tree) == jax.tree.structure(reference):
+        return
+    here, there = paths(tree), paths(reference)
+    missing = [p for p in there if p not in set(here)]
+    extra = [p for p in here if p not in set(there)]
+    detail = (
+        f"no leaf for {missing[0]}"
+        if missing
+        else f"a leaf {extra[0]} that the parameters lack"
+        if extra
+        else f"the containers {jax.tree.structure(tree)}, not {jax.tree.structure(reference)}"
+    )
+    raise ValueError(f"{what} must have the structure of the parameters, but have {detail}.")
+
+
+def matches(rule: str | Callable[[str, Any], bool], path: str, leaf: Any) -> bool:
+    """Whether a glob or a predicate `(path, leaf) -> bool` selects a leaf."""
+    return fnmatch.fnmatchcase(path, rule) if isinstance(rule, str) else bool(rule(path, leaf))
+
+
+def unmatched(rule: str | Callable[..., bool], names: Sequence[str], argument: str) -> ValueError:
+    """The error for a glob or predicate that selects no leaf, with near matches."""
+    what = f"{rule!r}" if isinstance(rule, str) else f"the predicate {rule}"
+    text = rule if isinstance(rule, str) else ""
+    near = difflib.get_close_matches(text.strip("*/"), names, n=3, cutoff=0.3) or list(names[:3])
+    return ValueError(
+        f"{argument}: {what} matches no leaf. Near: {', '.join(near)}. A glob is matched against "
+        "the whole path, so write '*/kernel' for every leaf named kernel."
+    )
+
+
+def leaf_key(key: jax.Array, path: str) -> jax.Array:
+    """A key of its own for each path, whatever other leaves there are."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+
+
+def dtype_of(leaf: Any) -> Any:
+    """The dtype of an array, a random key or a Python number."""
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether a leaf holds real floating-point numbers."""
+    return jnp.issubdtype(dtype_of(leaf), jnp.floating)
+
+
+def in_auto_mode(fn: Callable[..., jax.Array], like: jax.Array, *args: Any) -> jax.Array:
+    """`fn(like, *args)`, sharded as `like`, with the compiler choosing shardings inside.
+
+    On a mesh with explicit axes a reshape or a scatter of a sharded array is an error unless every
+    sharding is spelled out; inside, the axes are automatic.
+    """
+    sharding = getattr(jax.typeof(like), "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        return fn(like, *args)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(fn, out_sharding=sharding)(like, *args)
+
+
+@jax.jit
+def uniform_noise(key: jax.Array, like: jax.Array) -> jax.Array:
+    """Uniform float32 noise [0, 1) of the shape and sharding of `like`."""
+
+    def noise(like: jax.Array, key: jax.Array) -> jax.Array:
+        return shard_alike(jax.random.uniform(key, like.shape, jnp.float32), like)[0]
+
+    return in_auto_mode(noise, like, key)
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns padded to equal width: the first to the left, the others to the right."""
+    lines = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+
+    def render(line: Sequence[str]) -> str:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        return "  ".join(cells).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([render(lines[0]), rule, *map(render, lines[1:])])

@@ -1,0 +1,27 @@
+"""Sparse training: `sparsify` and the algorithms that move its masks."""
+
+from jaxsparse.training._fixed import fixed
+from jaxsparse.training._gradual import gradual
+from jaxsparse.training._rigl import rigl
+from jaxsparse.training._set import set_
+from jaxsparse.training._sparsify import SparseState, check, masks, sparsify
+from jaxsparse.training._sr_ste import sr_ste
+from jaxsparse.training._static import static
+from jaxsparse.training._ste import ste, straight_through
+from jaxsparse.training._updater import MaskUpdater
+
+__all__ = [
+    "MaskUpdater",
+    "SparseState",
+    "check",
+    "fixed",
+    "gradual",
+    "masks",
+    "rigl",
+    "set_",
+    "sparsify",
+    "sr_ste",
+    "static",
+    "ste",
+    "straight_through",
+]

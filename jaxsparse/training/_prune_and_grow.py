@@ -1,0 +1,102 @@
+"""The engine of dynamic sparse training: drop some of what is kept, grow as much elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import _tree, select
+from jaxsparse._choose import choose
+from jaxsparse.patterns import Pattern, mask_of_count
+from jaxsparse.plans import Plan
+from jaxsparse.schedules import Schedule, When
+from jaxsparse.scores._evidence import scorer
+from jaxsparse.scores._random import random
+from jaxsparse.training._updater import MaskUpdater, run_when
+
+Tree = Any
+Grow = Callable[[str, jax.Array, jax.Array, jax.Array], jax.Array]  # path, w, grad, step -> scores
+
+
+class DynamicState(NamedTuple):
+    """State of `set_` and `rigl`: steps taken (int32) and masks."""
+
+    count: jax.Array
+    masks: Tree
+
+
+def prune_and_grow(
+    distribution: Callable[[Tree], Plan],
+    *,
+    key: jax.Array,
+    when: When,
+    drop_fraction: float | Schedule,
+    grow: Grow,
+) -> MaskUpdater:
+    """Random masks that drop their smallest weights and grow by `grow` at some steps.
+
+    Every group keeps its count: with k units kept, round(drop * k) leave and as many come in. A
+    unit that is dropped may come back in the same update; it then keeps its value and moments.
+    """
+    fraction_at = drop_fraction if callable(drop_fraction) else None
+    if fraction_at is None and not 0 <= drop_fraction <= 1:  # type: ignore[operator]
+        raise ValueError(
+            f"drop_fraction is the share of kept weights to move, 0 to 1; got {drop_fraction}."
+        )
+
+    def init(params: Tree) -> DynamicState:
+        masks = choose(distribution, params, scorer(random, params, {"key": key}))
+        return DynamicState(jnp.zeros((), jnp.int32), masks)
+
+    def update(
+        state: DynamicState, params: Tree, grads: Tree, *, finite: jax.Array, **extra: Any
+    ) -> DynamicState:
+        del extra
+        step = state.count
+        due = when(step) & finite
+        fraction = jnp.asarray(fraction_at(step) if fraction_at else drop_fraction, jnp.float32)
+        plan = distribution(params)
+        weights, slopes = jax.tree.leaves(params), jax.tree.leaves(grads)
+        masks, treedef = jax.tree.flatten(state.masks)
+        for i, leaf in enumerate(plan.leaves):
+            if leaf.sparsity:
+
+                def move(mask: jax.Array, i: int = i) -> jax.Array:
+                    grow_scores = grow(plan.paths[i], weights[i], slopes[i], step)
+                    pattern = plan.leaves[i].pattern
+                    return move_units(pattern, mask, weights[i], grow_scores, fraction)
+
+                masks[i] = run_when(due, move, masks[i])
+        return DynamicState(step + finite.astype(jnp.int32), treedef.unflatten(masks))
+
+    return MaskUpdater(init, update)
+
+
+def move_units(
+    pattern: Pattern,
+    mask: jax.Array,
+    w: jax.Array,
+    grow_scores: jax.Array,
+    fraction: jax.Array,
+) -> jax.Array:
+    """The mask after one drop and grow.
+
+    Args:
+        pattern: Units and groups.
+        mask: bool `[..., K, N]`.
+        w: Weight of that shape; the smallest |w| in the mask leave.
+        grow_scores: Scores of that shape; the largest outside the mask come in.
+        fraction: Share of the kept units of each group that leave.
+    """
+
+    def move(w: jax.Array, mask: jax.Array, grow_scores: jax.Array) -> jax.Array:
+        held = select.count_true(pattern.gather(mask.astype(jnp.int8)) > 0, pattern.axes)
+        stay = held - jnp.round(fraction * held).astype(jnp.int32)
+        low, high = jnp.asarray(-jnp.inf, w.dtype), jnp.asarray(jnp.inf, grow_scores.dtype)
+        stays = mask_of_count(pattern, jnp.where(mask, jnp.abs(w), low), stay)
+        return mask_of_count(pattern, jnp.where(stays, high, grow_scores), held)
+
+    return _tree.in_auto_mode(move, w, mask, grow_scores)
