@@ -24,13 +24,14 @@ SEES = {
     "experiments": "models training oneshot report checkpoint testing jaxsparse",
     "models": "nn",
     "nn": "formats structured attention moe activations dictionary plans",
-    "training": "plans scores stats formats/_topology",
-    "oneshot": "plans scores stats formats/_topology",
-    "plans": "masks",
-    "scores": "masks",
-    "stats": "masks",
-    "masks": "patterns select schedules",
-    "formats/_topology": "masks",
+    "training": "_choose stats formats/_topology",
+    "oneshot": "_choose stats formats/_topology",
+    "_choose": "plans scores",
+    "plans": "_masks",
+    "scores": "_masks",
+    "stats": "_masks",
+    "_masks": "patterns select schedules",
+    "formats/_topology": "_masks",
     "formats": "patterns pallas_kernels",
     "structured": "patterns pallas_kernels",
     "attention": "pallas_kernels",
@@ -100,7 +101,7 @@ def resolve(name, files, whole):
 
 
 def rebound_names(files):
-    """Exports that hide a file: `jsp.masks`, the function, hides `jaxsparse/masks.py`."""
+    """Exports that hide a file: `jsp.report`, the function, hides `jaxsparse/report.py`."""
     init = "jaxsparse/__init__.py"
     from_ = [n for n in ast.walk(ast.parse(files[init])) if isinstance(n, ast.ImportFrom)]
     names = {a.asname or a.name for n in from_ if n.module != "jaxsparse" for a in n.names}
@@ -227,12 +228,12 @@ def test_every_public_name_is_documented_and_listed():
 
 
 SMALL = {
-    "jaxsparse/__init__.py": "from jaxsparse.training._set import masks\n\n__all__ = []\n",
+    "jaxsparse/__init__.py": "from jaxsparse.training._set import patterns\n\n__all__ = []\n",
     "jaxsparse/_tree.py": "import jax\n",
-    "jaxsparse/masks.py": "from jaxsparse._tree import paths\nfrom jaxsparse.patterns import NM\n",
+    "jaxsparse/_masks.py": "from jaxsparse._tree import paths\nfrom jaxsparse.patterns import NM\n",
     "jaxsparse/patterns.py": "import numpy as np\n",
     "jaxsparse/scores/__init__.py": "from jaxsparse.scores._snip import snip\n",
-    "jaxsparse/scores/_snip.py": "import jax.numpy as jnp\nfrom ..masks import density\n",
+    "jaxsparse/scores/_snip.py": "import jax.numpy as jnp\nfrom .._masks import density\n",
     "jaxsparse/oneshot/_prune.py": "",
     "jaxsparse/training/_set.py": "from jaxsparse.patterns import NM\n",
     "jaxsparse/formats/_topology.py": "",
@@ -248,21 +249,21 @@ SMALL = {
 @pytest.mark.parametrize(
     ("path", "source", "complaint"),
     [
-        ("masks.py", "\nimport jaxsparse.plans", "there is no file for jaxsparse.plans"),
-        ("masks.py", "\nfrom jaxsparse.scores._snip import snip", "`masks` may not import room"),
-        ("patterns.py", "def f():\n    from . import masks", "`patterns` may not import room"),
+        ("_masks.py", "\nimport jaxsparse.plans", "there is no file for jaxsparse.plans"),
+        ("_masks.py", "\nfrom jaxsparse.scores._snip import snip", "`_masks` may not import room"),
+        ("patterns.py", "def f():\n    from . import _masks", "`patterns` may not import room"),
         ("training/_set.py", "import jaxsparse.oneshot._prune", "import room `oneshot`"),
         ("training/_set.py", "\nfrom jaxsparse.formats._csr import CSR", "room `formats`"),
         ("training/_set.py", "\nfrom jaxsparse.scores import snip", "import the file that defines"),
-        ("training/_set.py", "\nfrom jaxsparse import masks", "an export hides the file"),
+        ("_masks.py", "\nfrom jaxsparse import patterns", "an export hides the file"),
         ("training/_set.py", "import jaxsparse", "`training` may not import room `jaxsparse`"),
         ("training/_set.py", "\nfrom flax import nnx", "`training` may not import flax"),
-        ("masks.py", "import orbax.checkpoint", "`masks` may not import orbax"),
+        ("_masks.py", "import orbax.checkpoint", "`_masks` may not import orbax"),
         ("_tree.py", "\nfrom jaxsparse.patterns import NM", "`_tree` may not import room"),
         ("new_room.py", "", "unknown room `new_room`"),
         ("report.py", "\nfrom models.vit import ViT", "`report` may not import room `models`"),
         ("../pallas_kernels/_mm.py", "import numpy", "`pallas_kernels` may not import numpy"),
-        ("../pallas_kernels/_mm.py", "import jaxsparse.masks", "may not import room `masks`"),
+        ("../pallas_kernels/_mm.py", "import jaxsparse._masks", "may not import room `_masks`"),
         ("../models/vit.py", "\nimport experiments.train_lm", "import room `experiments`"),
         ("../models/vit.py", "from jaxsparse.training._set import set_", "room `training`"),
     ],
