@@ -64,9 +64,10 @@ def make_arm(options: Options, algorithm: str) -> Arm:
     def init():
         params = nnx.split(make(rngs=nnx.Rngs(options.training.seed)))[1]
         state = tx.init(params)
-        if updater is not None:  # what is not kept is zero from the first forward pass on
-            params = jsp.apply_masks(params, updater.kept(state.updater, state.updater))
-        return params, state
+        if updater is None or getattr(state.updater, "dense_weights", False):
+            return params, state
+        masks = jsp.masks(state)  # what is not kept is zero from the first forward pass on
+        return jax.tree.map(fill_fan_in, jsp.apply_masks(params, masks), masks), state
 
     def losses(params, state, tokens):
         logits = nnx.merge(graph, view(params, state))(tokens[:, :-1])
@@ -85,6 +86,19 @@ def make_arm(options: Options, algorithm: str) -> Arm:
     masks = None if updater is None else jax.jit(jsp.masks)
     jax.eval_shape(init)  # plans that do not fit are found here
     return Arm(algorithm, graph, tx, init, step, nats, view, masks)
+
+
+def fill_fan_in(weight: jax.Array, mask: jax.Array) -> jax.Array:
+    """Scale fresh sparse weights [..., in, out] so that each output varies as in the dense layer.
+
+    Dense weights have variance 1 / in; with k inputs kept that must be 1 / k (Evci et al., Gradient
+    flow in sparse neural networks, 2022, arXiv:2010.03533). Without it a sparse run starts with
+    signals that fade from layer to layer.
+    """
+    if not mask.ndim:
+        return weight
+    share = jnp.mean(mask, axis=-2, keepdims=True)
+    return weight * jax.lax.rsqrt(jnp.maximum(share, 1 / weight.shape[-2]))
 
 
 def bits_per_byte(arm: Arm, params: Tree, state: Tree, windows: Iterable[Any]) -> float:
