@@ -39,6 +39,13 @@ def without_code(text):
     return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture(autouse=True)
+def _as_a_user_runs_it(monkeypatch):
+    """One device, not the 8 of the tests; this checkout, installed or not."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=name)
 def test_code_blocks_run_as_printed(page, tmp_path):
     text = page.read_text()
