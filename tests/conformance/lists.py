@@ -1,0 +1,244 @@
+"""What the conformance tests multiply. Whoever adds a part adds one line here, and no test."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+from flax import nnx
+
+import jaxsparse as jsp
+
+SHAPES = {"kernel": (8, 16), "bias": (16,), "stack": (2, 8, 8)}  # matrix, dense, scanned layers
+
+
+class Updater(NamedTuple):
+    """How to build an updater, and what is known of its masks."""
+
+    build: Callable[[Any, jax.Array, Any], jsp.MaskUpdater]  # distribution, key, params
+    moves: bool | None = False  # whether its masks must change; None: may
+    distribution: Callable[[jsp.Pattern], Any] = lambda pattern: jsp.uniform(0.5, pattern)
+    exact: bool = True  # whether the counts of each leaf follow from shapes
+
+
+def _fixed(distribution, key, params):
+    return jsp.fixed(jsp.prune(params, distribution, jsp.random, key=key)[1])
+
+
+UPDATERS = {
+    "static": Updater(lambda d, key, p: jsp.static(d, key=key)),
+    "static_score": Updater(lambda d, key, p: jsp.static(d, score=jsp.magnitude)),
+    "fixed": Updater(_fixed),
+    "gradual": Updater(
+        lambda d, key, p: jsp.gradual(d, schedule=jsp.cubic(0, 5), when=jsp.every(2)), True
+    ),
+    "gradual_global": Updater(
+        lambda d, key, p: jsp.gradual(d, schedule=jsp.linear(1, 5), when=jsp.once(2)),
+        True,
+        lambda pattern: jsp.global_(0.5, pattern),
+        exact=False,
+    ),
+    "set": Updater(lambda d, key, p: jsp.set_(d, key=key, when=jsp.every(2)), True),
+    "rigl": Updater(lambda d, key, p: jsp.rigl(d, key=key, when=jsp.every(2)), True),
+    "rigl_erk": Updater(
+        lambda d, key, p: jsp.rigl(
+            d,
+            key=key,
+            when=jsp.every(1, stop=5),
+            drop_fraction=optax.cosine_decay_schedule(0.5, 5),
+        ),
+        True,
+        lambda pattern: jsp.erk(0.5, pattern),
+    ),
+    "ste": Updater(lambda d, key, p: jsp.ste(d), None),
+    "ste_lamp": Updater(
+        lambda d, key, p: jsp.ste(d), None, lambda pattern: jsp.lamp(0.5, pattern), exact=False
+    ),
+    "sr_ste": Updater(lambda d, key, p: jsp.sr_ste(d, decay=0.1), None),
+}
+
+PATTERNS = {
+    "unstructured": jsp.Unstructured(),
+    "nm24": jsp.NM(2, 4),
+    "nm14_out": jsp.NM(1, 4, axis=-1),
+    "block": jsp.Block((2, 4)),
+    "channel_out": jsp.Channel(-1),
+    "channel_in": jsp.Channel(-2),
+    "fan_in": jsp.FanIn(),
+}
+
+SCORES = {
+    "magnitude": jsp.magnitude,
+    "gradient": jsp.gradient,
+    "saliency": jsp.saliency,
+    "movement": jsp.movement,
+    "snip": jsp.snip,
+    "random": jsp.random,
+    "fisher": jsp.fisher,
+}
+
+
+class Optimizer(NamedTuple):
+    """An Optax optimizer, and what stands around `sparsify`."""
+
+    inner: optax.GradientTransformation
+    wrap: Callable[[Any], Any] = lambda tx: tx
+    micro_steps: int = 1
+
+
+def _matrices(params):
+    return jax.tree.map(lambda w: jnp.ndim(w) > 1, params)
+
+
+def _labels(params):
+    return jax.tree.map(lambda w: "adam" if jnp.ndim(w) == 2 else "sgd", params)
+
+
+OPTIMIZERS = {
+    "adam": Optimizer(optax.adam(1e-2)),
+    "adamw": Optimizer(optax.adamw(1e-2, weight_decay=0.1)),
+    "sgd": Optimizer(optax.sgd(0.1)),
+    "nesterov": Optimizer(optax.sgd(0.1, momentum=0.9, nesterov=True)),
+    "lion": Optimizer(optax.lion(1e-2)),
+    "muon": Optimizer(optax.contrib.muon(1e-2)),
+    "adafactor": Optimizer(optax.adafactor(1e-2, min_dim_size_to_factor=16, momentum=0.9)),
+    "adafactor_factored": Optimizer(optax.adafactor(1e-2, min_dim_size_to_factor=8)),
+    "rmsprop": Optimizer(optax.rmsprop(1e-2, momentum=0.9)),
+    "adagrad": Optimizer(optax.adagrad(0.1)),
+    "lamb": Optimizer(optax.lamb(1e-2)),
+    "schedule_free": Optimizer(optax.contrib.schedule_free_adamw(1e-2)),
+    "multi_steps_inside": Optimizer(optax.MultiSteps(optax.adam(1e-2), 2)),
+    "multi_steps_outside": Optimizer(
+        optax.adam(1e-2), lambda tx: optax.MultiSteps(tx, 2), micro_steps=2
+    ),
+    "multi_transform": Optimizer(
+        optax.multi_transform({"adam": optax.adam(1e-2), "sgd": optax.sgd(0.1, 0.9)}, _labels)
+    ),
+    "masked": Optimizer(
+        optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.masked(optax.add_decayed_weights(0.1), _matrices),
+            optax.adam(1e-2),
+        )
+    ),
+    "inject_hyperparams": Optimizer(
+        optax.inject_hyperparams(optax.adam)(learning_rate=optax.linear_schedule(1e-2, 1e-3, 9))
+    ),
+    "apply_if_finite": Optimizer(optax.apply_if_finite(optax.adam(1e-2), 3)),
+}
+
+
+class _Linear(nnx.Module):
+    def __init__(self, kernel, bias):
+        self.kernel, self.bias = nnx.Param(kernel), nnx.Param(bias)
+
+
+class NNXModel(nnx.Module):
+    def __init__(self, kernel, bias, stack):
+        self.head, self.stack = _Linear(kernel, bias), nnx.Param(stack)
+
+
+class _Linen(flax.linen.Module):
+    leaves: Any
+
+    @flax.linen.compact
+    def __call__(self):
+        return [self.param(name, lambda _, x=x: x) for name, x in self.leaves.items()]
+
+
+@chex.dataclass
+class ChexParams:
+    kernel: jax.Array
+    bias: jax.Array
+    stack: jax.Array
+
+
+@flax.struct.dataclass
+class FlaxParams:
+    layers: dict
+    bias: jax.Array
+
+
+TREES = {
+    "dict": lambda **leaves: {"layers": {"up": leaves}},
+    "list": lambda kernel, bias, stack: [[kernel, bias], (stack,)],
+    "nnx": lambda **leaves: nnx.state(NNXModel(**leaves), nnx.Param),
+    "linen": lambda **leaves: _Linen(leaves).init(jax.random.key(0)),
+    "haiku": lambda kernel, bias, stack: {
+        "mlp/~/linear": {"w": kernel, "b": bias},
+        "mlp/~/scan": {"w": stack},
+    },
+    "chex": ChexParams,
+    "flax": lambda bias, **leaves: FlaxParams(layers=leaves, bias=bias),
+}
+
+DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+
+PACKED = {"bool": False, "packed": True}
+
+
+def leaves(dtype=jnp.float32, seed=0):
+    """Weights of the three kinds, without ties, made without a random number generator."""
+    made = {}
+    for i, (name, shape) in enumerate(SHAPES.items()):
+        size = jnp.prod(jnp.array(shape))
+        order = (jnp.arange(size, dtype=jnp.float32) * 37 + 11 * seed + 5 * i) % 101
+        made[name] = (jnp.where(order % 2, 1, -1) * (1 + order / 32)).reshape(shape).astype(dtype)
+    return made
+
+
+def make_params(tree="dict", dtype=jnp.float32, seed=0):
+    return TREES[tree](**leaves(dtype, seed))
+
+
+def make_updater(name, pattern, params, key=None):
+    """The updater, and its plan if the counts follow from shapes."""
+    case = UPDATERS[name]
+    distribution = case.distribution(pattern)
+    updater = case.build(distribution, jax.random.key(3) if key is None else key, params)
+    return updater, distribution(params) if case.exact else None
+
+
+def pairwise(*factors):
+    """Few rows such that every pair of values of two factors stands in one; always the same.
+
+    Greedy: take the first pair that is missing and complete its row, factor by factor, with the
+    value that brings most missing pairs, among equals the one used least.
+    """
+    factors = [list(values) for values in factors]
+    missing = {
+        (i, a, j, b): None
+        for i in range(len(factors))
+        for j in range(i + 1, len(factors))
+        for a in factors[i]
+        for b in factors[j]
+    }
+    used = [dict.fromkeys(values, 0) for values in factors]
+    rows = []
+
+    def gain(row, k, value):
+        pairs = ((i, a, k, value) if i < k else (k, value, i, a) for i, a in row.items())
+        return sum(pair in missing for pair in pairs)
+
+    while missing:
+        i, a, j, b = next(iter(missing))
+        row = {i: a, j: b}
+        for k, values in enumerate(factors):
+            if k not in row:
+                row[k] = max(values, key=lambda v, k=k: (gain(row, k, v), -used[k][v]))
+        for k, value in row.items():
+            used[k][value] += 1
+            for m, other in row.items():
+                missing.pop((k, value, m, other), None)
+        rows.append(tuple(row[k] for k in range(len(factors))))
+    return rows
+
+
+def fast_jit(fn, **options):
+    """Compiled without the optimisations of LLVM, which cost more than they bring here."""
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0}, **options)
