@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from experiments.text import Text, batches, windows
 from jaxsparse.checkpoint import Checkpointer
 from models.flops import parameter_shapes
 
-CHECKED = 128  # windows of a validation on the way; the last one takes them all
+CHECKED = 16_384  # held-out bytes of a validation on the way; the last one takes them all
 
 
 class Interrupted(Exception):
@@ -80,8 +81,12 @@ def train(arm: Arm, options: Options, text: Text, out: Path, console: Console) -
     about = {"arm": arm.name, **identity(options, text.digest, arm.name)}
     total, context = options.training.steps, model_config(options).context
     finished = out / "result.json"
-    with Stop() as stop, Checkpointer(out / "checkpoints", config=about) as checkpoints:
-        restored = checkpoints.restore(*jax.eval_shape(arm.init))
+    with Stop() as stop, _open(out / "checkpoints", about) as checkpoints:
+        with warnings.catch_warnings(record=True) as notes:  # a save that a kill cut off
+            warnings.simplefilter("always", UserWarning)
+            restored = checkpoints.restore(*jax.eval_shape(arm.init))
+        for note in notes:
+            console.print(f"note: {note.message}", highlight=False, markup=False, soft_wrap=True)
         if restored is None:
             done, params, state = 0, *arm.init()
         else:
@@ -104,8 +109,7 @@ def train(arm: Arm, options: Options, text: Text, out: Path, console: Console) -
                     checkpoints.wait()
                     raise Interrupted(done)
             display.say(f"{arm.name}: measuring on all held-out text")
-            parts = windows(text.valid, context=context, batch=options.training.batch)
-            bits = bits_per_byte(arm, params, state, parts)
+            bits = bits_per_byte(arm, params, state, windows(text.valid, **_measured(options)))
     result = {
         "steps": total,
         "tokens": total * tokens,
@@ -117,6 +121,13 @@ def train(arm: Arm, options: Options, text: Text, out: Path, console: Console) -
     return Trained(result, params, state, False)
 
 
+def _open(directory: Path, about: dict[str, Any]) -> Checkpointer:
+    try:
+        return Checkpointer(directory, config=about)
+    except ValueError as error:
+        raise ValueError(f"{error} That is: another --out, or --fresh.") from None
+
+
 class _Run:
     """One step of training with all that is measured around it."""
 
@@ -125,8 +136,8 @@ class _Run:
     ) -> None:
         self.arm, self.options, self.text = arm, options, text
         self.metrics, self.display = metrics, display
-        self.shape = {"context": model_config(options).context, "batch": options.training.batch}
-        self.data = batches(text.train, seed=options.training.seed, **self.shape)
+        context, t = model_config(options).context, options.training
+        self.data = batches(text.train, context=context, batch=t.batch, seed=t.seed)
         self.rate = jax.jit(learning_rate(options.training))
         self.sizes = parameter_shapes(model_config(options))
 
@@ -146,7 +157,8 @@ class _Run:
             removed = sum(size[p] * (1 - kept[p]) for p in kept) / max(sum(size.values()), 1)
             self.display.sparsity = removed
         if done == 0 or (done + 1) % output.validate_every == 0:
-            some = windows(self.text.valid, limit=CHECKED, **self.shape)
+            shape = _measured(self.options)
+            some = windows(self.text.valid, limit=CHECKED // shape["context"], **shape)
             record["valid_bits_per_byte"] = bits_per_byte(arm, params, state, some)
         last = done + 1 == self.options.training.steps
         if record or last or (done + 1) % output.log_every == 0:
@@ -162,6 +174,12 @@ class _Run:
             self.display.loss(value)
         self.display.step(done + 1)
         return params, state
+
+
+def _measured(options: Options) -> dict[str, int]:
+    """Shape of the batches in a validation: at least 4096 bytes."""
+    context = model_config(options).context
+    return {"context": context, "batch": max(options.training.batch, 4096 // context)}
 
 
 def _floats(values: Any) -> list[float]:

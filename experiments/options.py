@@ -23,8 +23,8 @@ MATRICES = "layers/*/kernel"
 class Model:
     """The model and its text."""
 
-    model: Literal["tiny", "small", "base", "medium", "large", "1b"] = "tiny"
-    """Size; tiny is the one that learns most in a few minutes on two cores."""
+    model: Literal["tiny", "small", "base", "medium", "large", "1b"] = "small"
+    """Size; small is the one that learns most in a few minutes on two cores."""
     context: int | None = None
     """Bytes in a training window; the size's own if not given."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -37,11 +37,11 @@ class Model:
 class Training:
     """Training: AdamW, linear warm-up, cosine decay to a tenth."""
 
-    steps: int = 1500
+    steps: int = 3000
     """Optimizer steps."""
-    batch: int = 16
+    batch: int = 4
     """Windows in a step."""
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-2
     """At the end of the warm-up."""
     warmup: float = 0.05
     """Share of the steps."""
@@ -87,11 +87,11 @@ class Output:
     """Delete the run in --out and begin anew."""
     compare: bool = False
     """Train the dense model the same way afterwards, for the table."""
-    log_every: int = 5
+    log_every: int = 10
     """Steps between lines of metrics.jsonl."""
-    validate_every: int = 250
+    validate_every: int = 300
     """Steps between validations on part of the held-out text."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = 200
     """Steps between checkpoints."""
 
 

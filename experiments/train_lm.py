@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         text = load(options.model.data, context=model_config(options).context)
         arm = make_arm(options, options.sparse.algorithm)
         if options.output.fresh:
-            _delete(options.output.out)
+            forget(options.output.out)
         introduce(options, text, console)
         run(options, text, arm, console)
     except Interrupted as stop:
@@ -165,7 +165,7 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _delete(out: Path) -> None:
+def forget(out: Path) -> None:
     """Remove what this job makes, and nothing else."""
     for name in (*FILES, *PLOTS):
         (out / name).unlink(missing_ok=True)

@@ -74,9 +74,11 @@ class Config:
 
 SIZES: dict[str, Config] = {
     "tiny": Config(
-        width=128, layers=2, heads=4, kv_heads=2, head_width=32, hidden=352, context=128
+        width=128, layers=2, heads=4, kv_heads=2, head_width=32, hidden=352, context=128, unroll=2
     ),
-    "small": Config(width=256, layers=3, heads=4, kv_heads=2, head_width=64, hidden=704),
+    "small": Config(
+        width=256, layers=2, heads=4, kv_heads=2, head_width=64, hidden=704, context=128, unroll=2
+    ),
     "base": Config(width=512, layers=8, heads=8, kv_heads=4, hidden=1408, context=512),
     "medium": Config(width=768, layers=12, heads=12, kv_heads=4, hidden=2048, context=1024),
     "large": Config(
@@ -86,7 +88,7 @@ SIZES: dict[str, Config] = {
         width=2048, layers=22, heads=32, kv_heads=4, hidden=5632, context=2048, remat=True
     ),
 }
-"""Named sizes: 0.4M, 2.2M, 24M, 77M, 258M and 969M parameters with a vocabulary of bytes."""
+"""Named sizes: 0.4M, 1.6M, 24M, 76M, 271M and 970M parameters with a vocabulary of bytes."""
 
 
 class Cache(NamedTuple):

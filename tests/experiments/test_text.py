@@ -140,7 +140,7 @@ def test_compressors_on_noise_and_repetition():
         assert measure(noise) == pytest.approx(8, abs=0.1)
         assert measure(same) < 0.1
     assert baselines.xz_after_training_text(noise, noise) < 0.2  # copies of at most 273 bytes
-    assert baselines.xz_after_training_text(same, noise) == pytest.approx(8, abs=0.1)
+    assert baselines.xz_after_training_text(same, noise) == pytest.approx(8, abs=0.2)
     assert set(baselines.all_baselines(same, noise)) == {
         "unigram",
         "gzip",
