@@ -1,6 +1,6 @@
 """Functional sparsity for JAX: masks as pytrees, sparse training as an Optax transform."""
 
-from jaxsparse import scores
+from jaxsparse import checkpoint, scores
 from jaxsparse._masks import (
     apply_masks,
     churn,
@@ -10,6 +10,7 @@ from jaxsparse._masks import (
     sparsity,
     unpack_masks,
 )
+from jaxsparse._report import LeafReport, Report, report
 from jaxsparse.allocators import global_, lamp
 from jaxsparse.oneshot import prune
 from jaxsparse.patterns import NM, Block, Channel, FanIn, Pattern, Unstructured, make_mask
@@ -46,6 +47,7 @@ __all__ = [
     "Unstructured",
     "apply_masks",
     "check",
+    "checkpoint",
     "churn",
     "constant",
     "cosine",
@@ -69,6 +71,9 @@ __all__ = [
     "pack_masks",
     "prunable",
     "prune",
+    "LeafReport",
+    "Report",
+    "report",
     "random",
     "rigl",
     "saliency",

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType
 
 Tree = Any
@@ -90,10 +89,14 @@ def in_auto_mode(fn: Callable[..., jax.Array], like: jax.Array, *args: Any) -> j
 
 @jax.jit
 def uniform_noise(key: jax.Array, like: jax.Array) -> jax.Array:
-    """Uniform float32 noise [0, 1) of the shape and sharding of `like`."""
+    """Uniform float32 noise [0, 1) of the shape and sharding of `like`; NaN where `like` is NaN.
+
+    So a NaN weight is never kept, and noise depends on the weight, whose sharding it then takes.
+    """
 
     def noise(like: jax.Array, key: jax.Array) -> jax.Array:
-        return shard_alike(jax.random.uniform(key, like.shape, jnp.float32), like)[0]
+        drawn = jax.random.uniform(key, like.shape, jnp.float32)
+        return jnp.where(jnp.isnan(like), jnp.nan, drawn)
 
     return in_auto_mode(noise, like, key)
 

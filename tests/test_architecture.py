@@ -21,7 +21,7 @@ MAX_LINES = 400
 # Who may import whom: a room sees the rooms it names, and the rooms those see. Rooms that are not
 # on a path never meet. A room is a file or folder of jaxsparse/, or another package.
 SEES = {
-    "experiments": "models training oneshot report checkpoint testing jaxsparse",
+    "experiments": "models training oneshot _report checkpoint testing jaxsparse",
     "models": "nn",
     "nn": "formats structured attention moe activations dictionary plans",
     "training": "_choose stats formats/_topology",
@@ -39,7 +39,7 @@ SEES = {
     "patterns": "select",  # make_mask joins the two
     **dict.fromkeys("select schedules activations dictionary pallas_kernels _tree".split(), ""),
 }
-ANY_ROOM = ("report", "checkpoint", "testing", "jaxsparse")  # the last: jaxsparse/__init__.py
+ANY_ROOM = ("_report", "checkpoint", "testing", "jaxsparse")  # the last: jaxsparse/__init__.py
 PART_OF = {"allocators": "plans"}  # one room in two files
 LEAF = "_tree"  # every room of jaxsparse may import it
 THIRD_PARTY = {"jaxsparse": {"jax", "numpy", "optax"}, "pallas_kernels": {"jax"}}
@@ -261,7 +261,7 @@ SMALL = {
         ("_masks.py", "import orbax.checkpoint", "`_masks` may not import orbax"),
         ("_tree.py", "\nfrom jaxsparse.patterns import NM", "`_tree` may not import room"),
         ("new_room.py", "", "unknown room `new_room`"),
-        ("report.py", "\nfrom models.vit import ViT", "`report` may not import room `models`"),
+        ("_report.py", "\nfrom models.vit import ViT", "`_report` may not import room `models`"),
         ("../pallas_kernels/_mm.py", "import numpy", "`pallas_kernels` may not import numpy"),
         ("../pallas_kernels/_mm.py", "import jaxsparse._masks", "may not import room `_masks`"),
         ("../models/vit.py", "\nimport experiments.train_lm", "import room `experiments`"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -113,15 +114,19 @@ def sparsify(
                 return x
             return apply_leaf(x, mask)
 
-        cleared = optax.tree.map_params(inner, clear, state.inner, kept, params, is_leaf=is_hidden)
-        updates, inner_state = inner.update(
-            jax.tree.map(apply_leaf, grads, kept),
-            cleared,
-            jax.tree.map(apply_leaf, params, kept),
-            **extra,
-        )
-        if updater.regularize is not None:
-            _, updates = updater.regularize(params, old, grads, updates)
+        def step(grads: Tree, inner_state: optax.OptState) -> tuple[Tree, optax.OptState]:
+            cleared = optax.tree.map_params(
+                inner, clear, inner_state, kept, params, is_leaf=is_hidden
+            )
+            updates, inner_state = inner.update(
+                jax.tree.map(apply_leaf, grads, kept),
+                cleared,
+                jax.tree.map(apply_leaf, params, kept),
+                **extra,
+            )
+            if updater.regularize is not None:
+                _, updates = updater.regularize(params, old, grads, updates)
+            return updates, inner_state
 
         def finish(u: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
             if not _tree.is_float(u):
@@ -132,8 +137,8 @@ def sparsify(
                 u = jnp.where(mask, u.astype(dtype), -w.astype(dtype))
             return jnp.where(finite, u, jnp.zeros((), u.dtype))
 
+        updates, inner_state = _step_when(finite, step, grads, state.inner)
         updates = jax.tree.map(finish, updates, params, kept)
-        inner_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), inner_state, state.inner)
         if updater.after_step:
             stepped = optax.apply_updates(params, updates)
             new = updater.update(old, stepped, grads, finite=finite, **extra)
@@ -142,6 +147,44 @@ def sparsify(
         return updates, SparseState(new, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _step_when(
+    finite: jax.Array,
+    step: Callable[[Tree, optax.OptState], tuple[Tree, optax.OptState]],
+    grads: Tree,
+    inner_state: optax.OptState,
+) -> tuple[Tree, optax.OptState]:
+    """Updates and the state after `step`; where not finite the old state, and any updates.
+
+    A loop of zero or one trips whose carry holds the gradients first and the updates then: the
+    state is updated in place, without a second copy of it or of the updates.
+    """
+    out, states = jax.eval_shape(step, grads, inner_state)
+    gs, grads_def = jax.tree.flatten(grads)
+    us, updates_def = jax.tree.flatten(out)
+    shared = [
+        grads_def == updates_def and jnp.shape(g) == u.shape and _tree.dtype_of(g) == u.dtype
+        for g, u in zip(gs, us, strict=True)
+    ]
+    slots = [
+        jnp.asarray(g) if same else jnp.zeros(u.shape, u.dtype)
+        for g, u, same in zip(gs, us, shared, strict=True)
+    ]
+    start = jax.tree.map(
+        lambda x, s: x if _tree.dtype_of(x) == s.dtype else jnp.asarray(x, s.dtype),
+        inner_state,
+        states,
+    )
+
+    def body(carry: Any) -> Any:
+        _, slots, inner_state = carry
+        held = [slot if same else g for slot, g, same in zip(slots, gs, shared, strict=True)]
+        updates, inner_state = step(grads_def.unflatten(held), inner_state)
+        return jnp.array(False), jax.tree.leaves(updates), inner_state
+
+    _, slots, inner_state = lax.while_loop(lambda carry: carry[0], body, (finite, slots, start))
+    return updates_def.unflatten(slots), inner_state
 
 
 def all_finite(grads: Tree) -> jax.Array:
