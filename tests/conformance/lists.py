@@ -43,14 +43,18 @@ UPDATERS = {
         lambda pattern: jsp.global_(0.5, pattern),
         exact=False,
     ),
-    "set": Updater(lambda d, key, p: jsp.set_(d, key=key, when=jsp.every(2)), True),
-    "rigl": Updater(lambda d, key, p: jsp.rigl(d, key=key, when=jsp.every(2)), True),
+    "set": Updater(
+        lambda d, key, p: jsp.set_(d, key=key, when=jsp.every(2), drop_fraction=0.6), True
+    ),
+    "rigl": Updater(
+        lambda d, key, p: jsp.rigl(d, key=key, when=jsp.every(2), drop_fraction=0.6), True
+    ),
     "rigl_erk": Updater(
         lambda d, key, p: jsp.rigl(
             d,
             key=key,
             when=jsp.every(1, stop=5),
-            drop_fraction=optax.cosine_decay_schedule(0.5, 5),
+            drop_fraction=optax.cosine_decay_schedule(0.6, 5),
         ),
         True,
         lambda pattern: jsp.erk(0.5, pattern),
@@ -89,6 +93,7 @@ class Optimizer(NamedTuple):
     inner: optax.GradientTransformation
     wrap: Callable[[Any], Any] = lambda tx: tx
     micro_steps: int = 1
+    floor: float = 0.0  # what the optimizer itself adds to state that is zero
 
 
 def _matrices(params):
@@ -106,7 +111,7 @@ OPTIMIZERS = {
     "nesterov": Optimizer(optax.sgd(0.1, momentum=0.9, nesterov=True)),
     "lion": Optimizer(optax.lion(1e-2)),
     "muon": Optimizer(optax.contrib.muon(1e-2)),
-    "adafactor": Optimizer(optax.adafactor(1e-2, min_dim_size_to_factor=16, momentum=0.9)),
+    "adafactor": Optimizer(optax.adafactor(1e-2, momentum=0.9), floor=1e-30),
     "adafactor_factored": Optimizer(optax.adafactor(1e-2, min_dim_size_to_factor=8)),
     "rmsprop": Optimizer(optax.rmsprop(1e-2, momentum=0.9)),
     "adagrad": Optimizer(optax.adagrad(0.1)),

@@ -37,6 +37,7 @@ def test_contract(optimizer, updater, pattern, tree, dtype, packed):
         packed=PACKED[packed],
         wrap=OPTIMIZERS[optimizer].wrap,
         micro_steps=OPTIMIZERS[optimizer].micro_steps,
+        floor=OPTIMIZERS[optimizer].floor,
         forms=False,
         jit=fast_jit,
     )
