@@ -19,6 +19,9 @@ class Metrics:
         path: the file.
         done: steps that the restored checkpoint has done; later lines, and a torn last one, are
             cut off, for these steps will be run again.
+
+    Attributes:
+        before: the records kept that tell of masks.
     """
 
     def __init__(self, path: Path, *, done: int) -> None:
@@ -26,6 +29,7 @@ class Metrics:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         temporary.replace(path)
+        self.before = [record for record in kept if "sparsity" in record]
         self._file = path.open("a", buffering=1)  # a line is with the system once written
 
     def write(self, record: dict[str, Any]) -> None:

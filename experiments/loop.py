@@ -140,6 +140,15 @@ class _Run:
         self.data = batches(text.train, context=context, batch=t.batch, seed=t.seed)
         self.rate = jax.jit(learning_rate(options.training))
         self.sizes = parameter_shapes(model_config(options))
+        for record in metrics.before[-1:]:
+            self.show_sparsity(record)
+
+    def show_sparsity(self, record: dict[str, Any]) -> None:
+        """Show the share of weights that is removed in all matrices with masks."""
+        sizes = {path: math.prod(self.sizes[path]) for path in record["sparsity"]}
+        layers = record["sparsity"].items()
+        removed = sum(sizes[path] * sum(x) / len(x) for path, x in layers)
+        self.display.sparsity = removed / sum(sizes.values())
 
     def step(self, done: int, params: Any, state: Any) -> tuple[Any, Any]:
         """Make step number `done` (from zero); what is recorded depends on that number alone."""
@@ -152,10 +161,7 @@ class _Run:
             layers = by_layer(before, arm.masks(state))
             record["sparsity"] = {path: _floats(x[0]) for path, x in layers.items()}
             record["churn"] = {path: _floats(x[1]) for path, x in layers.items()}
-            kept = {path: 1 - sum(x) / len(x) for path, x in record["sparsity"].items()}
-            size = {path: math.prod(self.sizes[path]) for path in kept}
-            removed = sum(size[p] * (1 - kept[p]) for p in kept) / max(sum(size.values()), 1)
-            self.display.sparsity = removed
+            self.show_sparsity(record)
         if done == 0 or (done + 1) % output.validate_every == 0:
             shape = _measured(self.options)
             some = windows(self.text.valid, limit=CHECKED // shape["context"], **shape)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+import tyro
 
 import jaxsparse as jsp
 from experiments.text import BUNDLED
@@ -25,7 +26,7 @@ class Model:
 
     model: Literal["tiny", "small", "base", "medium", "large", "1b"] = "small"
     """Size; small is the one that learns most in a few minutes on two cores."""
-    context: int | None = None
+    context: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Bytes in a training window; the size's own if not given."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and matrix products; parameters stay float32."""
@@ -59,7 +60,7 @@ class Sparsity:
 
     algorithm: Literal["rigl", "set", "static", "gradual", "ste", "sr_ste", "dense"] = "rigl"
     """How masks come about."""
-    sparsity: float | None = None
+    sparsity: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Share of weights removed; 0.9 if not given, 1 - n/m with --pattern nm."""
     distribution: Literal["uniform", "erk", "global", "lamp"] = "erk"
     """How the sparsity is shared out among the matrices."""
@@ -133,6 +134,16 @@ class Options:
                 f"--pattern nm with --nm {s.nm[0]} {s.nm[1]} has sparsity {1 - s.nm[0] / s.nm[1]}: "
                 "leave --sparsity out."
             )
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    """Options from the command line; a mistake is explained and ends the program."""
+    return tyro.cli(
+        Options,
+        args=arguments,
+        prog="python -m experiments.train_lm",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
 
 
 def model_config(options: Options) -> Config:

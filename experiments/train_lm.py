@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from rich.console import Console
 from rich.markup import escape
@@ -25,7 +24,7 @@ from experiments.arm import Arm, make_arm
 from experiments.baselines import all_baselines
 from experiments.log import make_console, read_metrics
 from experiments.loop import Interrupted, Trained, train, write_json
-from experiments.options import Options, model_config, target_sparsity
+from experiments.options import Options, model_config, parse, target_sparsity
 from experiments.plots import plot_loss, plot_masks
 from experiments.text import Text, batches, load
 from models.flops import parameter_count
@@ -40,12 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns the exit status."""
     console = make_console()
     try:
-        options = tyro.cli(
-            Options,
-            args=arguments,
-            prog="python -m experiments.train_lm",
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
+        options = parse(arguments)
         text = load(options.model.data, context=model_config(options).context)
         arm = make_arm(options, options.sparse.algorithm)
         if options.output.fresh:
@@ -71,13 +65,18 @@ def main(arguments: list[str] | None = None) -> int:
 def introduce(options: Options, text: Text, console: Console) -> None:
     """Say in three lines what will be trained on what."""
     config, s = model_config(options), options.sparse
+    masks = "none: every weight is trained"
+    if s.algorithm != "dense":
+        masks = (
+            f"{s.algorithm}, {target_sparsity(s):.0%} sparsity in the matrices of the blocks "
+            f"({s.distribution}, {s.pattern})"
+        )
     console.print(
         f"[bold]model[/]  {options.model.model}: {parameter_count(config) / 1e6:.2f}M parameters, "
         f"{config.layers} layers of width {config.width}, context {config.context} bytes\n"
         f"[bold]text[/]   {options.model.data.name}: {len(text.train) / 1e6:.2f} MB to learn, "
         f"{len(text.valid) / 1e6:.2f} MB held out ({len(text.held_out)} parts)\n"
-        f"[bold]masks[/]  {s.algorithm}, {target_sparsity(s):.0%} sparsity in the matrices of the "
-        f"blocks ({s.distribution}, {s.pattern})",
+        f"[bold]masks[/]  {masks}",
         highlight=False,
     )
 

@@ -5,7 +5,6 @@ import typing
 
 import jax
 import pytest
-import tyro
 
 from experiments import options as o
 from experiments.arm import make_arm
@@ -18,7 +17,7 @@ def sparse(**changes):
 
 
 def parse(*arguments):
-    return tyro.cli(o.Options, args=list(arguments), config=(tyro.conf.OmitArgPrefixes,))
+    return o.parse(list(arguments))
 
 
 @pytest.mark.parametrize(
