@@ -122,7 +122,7 @@ def _last_tie(
     rows = lax.broadcasted_iota(jnp.int32, in_rows.shape, in_rows.ndim + first)
     row = _sum(jnp.cumsum(in_rows, in_rows.ndim + first) < need, (first,))
     need = need - _sum(jnp.where(rows < row, in_rows, 0), (first,))
-    in_row = _sum(equal & (along == row), (first,))
+    in_row = jnp.moveaxis(_sum(equal & (along == row), (first,)), rest, range(-len(rest), 0))
     flat = in_row.reshape(*in_row.shape[: equal.ndim - len(rest)], -1)
     before = jnp.cumsum(flat, flat.ndim - 1) < need.reshape(*flat.shape[:-1], 1)
     return row, _sum(before, (-1,)).reshape(row.shape)
