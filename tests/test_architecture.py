@@ -185,7 +185,7 @@ LISTS = {"UPDATERS": is_updater, "PATTERNS": is_pattern, "SCORES": is_score}
 
 
 def listed_names(sources):
-    """`{"UPDATERS": {names used in its value}}` for every list assigned in tests/conformance/."""
+    """`{"UPDATERS": {names and keys in its value}}` for every list assigned in tests/conformance/."""
     found = {}
     for source in sources:
         for node in ast.parse(source).body:
@@ -193,6 +193,7 @@ def listed_names(sources):
                 target = node.targets[0] if isinstance(node, ast.Assign) else node.target
                 used = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
                 used |= {n.attr for n in ast.walk(node.value) if isinstance(n, ast.Attribute)}
+                used |= {n.value for n in ast.walk(node.value) if isinstance(n, ast.Constant)}
                 found.setdefault(ast.unparse(target), set()).update(used)
     return found
 
