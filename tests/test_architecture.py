@@ -185,7 +185,7 @@ LISTS = {"UPDATERS": is_updater, "PATTERNS": is_pattern, "SCORES": is_score}
 
 
 def listed_names(sources):
-    """`{"UPDATERS": {names and keys in its value}}` for every list assigned in tests/conformance/."""
+    """`{"UPDATERS": {names and keys in its value}}` for every list of tests/conformance/."""
     found = {}
     for source in sources:
         for node in ast.parse(source).body:
