@@ -82,15 +82,8 @@ def train(arm: Arm, options: Options, text: Text, out: Path, console: Console) -
     total, context = options.training.steps, model_config(options).context
     finished = out / "result.json"
     with Stop() as stop, _open(out / "checkpoints", about) as checkpoints:
-        with warnings.catch_warnings(record=True) as notes:  # a save that a kill cut off
-            warnings.simplefilter("always", UserWarning)
-            restored = checkpoints.restore(*jax.eval_shape(arm.init))
-        for note in notes:
-            console.print(f"note: {note.message}", highlight=False, markup=False, soft_wrap=True)
-        if restored is None:
-            done, params, state = 0, *arm.init()
-        else:
-            done, params, state = restored.step, restored.params, restored.opt_state
+        with console.status("preparing the model"):
+            done, params, state = _start(arm, checkpoints, console)
         if done == total and finished.exists():
             return Trained(json.loads(finished.read_text()), params, state, True)
         tokens = options.training.batch * context
@@ -126,6 +119,18 @@ def _open(directory: Path, about: dict[str, Any]) -> Checkpointer:
         return Checkpointer(directory, config=about)
     except ValueError as error:
         raise ValueError(f"{error} That is: another --out, or --fresh.") from None
+
+
+def _start(arm: Arm, checkpoints: Checkpointer, console: Console) -> tuple[int, Any, Any]:
+    """(steps done, params, opt_state) of the last checkpoint, or of a new run."""
+    with warnings.catch_warnings(record=True) as notes:  # a save that a kill cut off
+        warnings.simplefilter("always", UserWarning)
+        restored = checkpoints.restore(*jax.eval_shape(arm.init))
+    for note in notes:
+        console.print(f"note: {note.message}", highlight=False, markup=False, soft_wrap=True)
+    if restored is None:
+        return 0, *arm.init()
+    return restored.step, restored.params, restored.opt_state
 
 
 class _Run:

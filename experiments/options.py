@@ -70,7 +70,7 @@ class Sparsity:
     """With --pattern nm: n kept of m."""
     block: tuple[int, int] = (8, 8)
     """With --pattern block: rows and columns of a block."""
-    every: int = 25
+    every: int = 100
     """Steps between mask updates (rigl, set, gradual)."""
     drop_fraction: float = 0.3
     """Share of kept weights replaced in an update (rigl, set); a cosine takes it to 0."""

@@ -140,9 +140,10 @@ def report(
     a |= sparse.result | {"step_ms": times["sparse"]}
     b = table.facts(options, [], other) | {"step_ms": times["dense"]}
     b |= dense.result if dense else {}
-    parts: list[Any] = [table.baselines_table(a, b, summary["baselines"])]
+    parts: list[Any] = ["", table.baselines_table(a, b, summary["baselines"])]
     if arm.name != "dense":
-        parts = [table.comparison(a, b), *table.honest_lines(a, b, summary["device"]), *parts]
+        lines = table.honest_lines(a, b, summary["device"])
+        parts = ["", table.comparison(a, b), *lines, *parts]
     (out / "sample.txt").write_text(summary["sample"] + "\n")
     plot_loss(out / "loss.png", records, summary["baselines"])
     if arm.name != "dense":
