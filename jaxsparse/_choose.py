@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsparse import _tree
 from jaxsparse.patterns import kept_units, mask_of_count, units
 from jaxsparse.plans import Counts, Plan
 
@@ -81,5 +82,8 @@ def leaf_counts(
         counts.append(final)
     if allocate is None or not any(plan.pooled):
         return counts
-    moved = allocate(scores, plan, share)
+    some = next(s for s in scores if s is not None)
+    moved = _tree.in_auto_mode(
+        lambda _, scores: allocate(scores, plan, share), some, scores, replicated=True
+    )
     return [m if p else c for m, p, c in zip(moved, plan.pooled, counts, strict=True)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Tree = Any
 
@@ -73,8 +73,10 @@ def is_float(leaf: Any) -> bool:
     return jnp.issubdtype(dtype_of(leaf), jnp.floating)
 
 
-def in_auto_mode(fn: Callable[..., jax.Array], like: jax.Array, *args: Any) -> jax.Array:
-    """`fn(like, *args)`, sharded as `like`, with the compiler choosing shardings inside.
+def in_auto_mode(
+    fn: Callable[..., Any], like: jax.Array, *args: Any, replicated: bool = False
+) -> Any:
+    """`fn(like, *args)`, sharded as `like` or replicated, the compiler choosing shardings inside.
 
     On a mesh with explicit axes a reshape or a scatter of a sharded array is an error unless every
     sharding is spelled out; inside, the axes are automatic.
@@ -83,8 +85,20 @@ def in_auto_mode(fn: Callable[..., jax.Array], like: jax.Array, *args: Any) -> j
     mesh = getattr(sharding, "mesh", None)
     if mesh is None or AxisType.Explicit not in mesh.axis_types:
         return fn(like, *args)
+    out = NamedSharding(mesh, PartitionSpec()) if replicated else sharding
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.auto_axes(fn, out_sharding=sharding)(like, *args)
+        return jax.sharding.auto_axes(fn, out_sharding=out)(like, *args)
+
+
+def with_type_of(x: Any, aval: jax.ShapeDtypeStruct) -> Any:
+    """`x` with the dtype of `aval` and, on a mesh with explicit axes, its sharding."""
+    if dtype_of(x) != aval.dtype:
+        x = jnp.asarray(x, aval.dtype)
+    sharding = getattr(aval, "sharding", None)
+    explicit = AxisType.Explicit in getattr(getattr(sharding, "mesh", None), "axis_types", ())
+    if not explicit or jax.typeof(x).sharding == sharding:
+        return x
+    return jax.sharding.reshard(x, sharding)
 
 
 @jax.jit

@@ -100,7 +100,7 @@ class Plan:
         for i, (path, shape, leaf) in enumerate(
             zip(self.paths, self.shapes, self.leaves, strict=True)
         ):
-            pattern = re.sub(r"\(?\b(ndim=2|shape=)\)?", "", repr(leaf.pattern))
+            pattern = re.sub(r"\(ndim=2\)|, ndim=2|shape=", "", repr(leaf.pattern))
             rows.append(
                 [
                     path,

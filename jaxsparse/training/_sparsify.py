@@ -171,11 +171,7 @@ def _step_when(
         jnp.asarray(g) if same else jnp.zeros(u.shape, u.dtype)
         for g, u, same in zip(gs, us, shared, strict=True)
     ]
-    start = jax.tree.map(
-        lambda x, s: x if _tree.dtype_of(x) == s.dtype else jnp.asarray(x, s.dtype),
-        inner_state,
-        states,
-    )
+    start = jax.tree.map(_tree.with_type_of, inner_state, states)
 
     def body(carry: Any) -> Any:
         _, slots, inner_state = carry
