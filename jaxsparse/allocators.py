@@ -143,7 +143,7 @@ def lamp(
 
 
 def _check_floor(floor: float, sparsity: float) -> None:
-    if not 0 <= floor <= 1 - sparsity:
+    if floor < 0 or floor + sparsity > 1:  # not 1 - sparsity: 1 - 0.8 is less than 0.2
         raise ValueError(
             f"floor is the least density of a leaf, between 0 and 1 - sparsity = {1 - sparsity:g}; "
             f"got {floor}."
