@@ -81,8 +81,9 @@ def check_pattern(
     _say(hash(pattern) == hash(pattern) and pattern == pattern, f"{pattern} must be hashable")
     rng = np.random.default_rng(0)
     stack = rng.integers(-3, 4, (2, *shape)).astype(np.float32) / 4
-    odd = [np.nan, np.inf, -np.inf, -0.0]
-    stack.reshape(-1)[rng.choice(stack.size, min(4, stack.size), replace=False)] = odd[: stack.size]
+    if jnp.issubdtype(dtype, jnp.floating):
+        odd = [np.nan, np.inf, -np.inf, -0.0][: stack.size]
+        stack.reshape(-1)[rng.choice(stack.size, len(odd), replace=False)] = odd
     scores = jnp.asarray(stack, dtype)
     size = units(pattern, shape)
     traced = jax.jit(make_mask, static_argnums=0)
