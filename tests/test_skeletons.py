@@ -11,6 +11,7 @@ import pytest
 
 import jaxsparse as jsp
 from docs.skeletons import pattern, score, updater
+from jaxsparse import testing
 
 KEY = jax.random.key(0)
 
@@ -21,6 +22,17 @@ def test_doctests(name):
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     failed, tried = doctest.testmod(module, optionflags=flags)
     assert tried and not failed
+
+
+def test_the_updater_keeps_the_contract():
+    params = {"w": jax.random.normal(KEY, (8, 8)), "b": jnp.ones(8)}
+    iht = updater.iht(jsp.uniform(0.5), when=jsp.every(2), step_size=3.0)
+    plan = jsp.uniform(0.5)(params)
+    testing.check_updater(iht, optax.adam(1e-2), params, plan=plan, moves=True)
+
+
+def test_the_pattern_keeps_the_contract():
+    testing.check_pattern(pattern.Heads(2), (4, 8))
 
 
 def test_heads_are_kept_whole_in_every_slice():
