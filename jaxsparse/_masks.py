@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from jaxsparse import _tree
 
@@ -171,7 +172,7 @@ def churn(old: Tree, new: Tree) -> jax.Array:
 def _packable(mask: Any) -> bool:
     if jnp.ndim(mask) < 2 or jnp.shape(mask)[-2] % 8 or jnp.result_type(mask) != jnp.bool_:
         return False
-    if isinstance(mask, jax.core.Tracer) or not isinstance(mask, jax.Array):
+    if isinstance(mask, Tracer) or not isinstance(mask, jax.Array):
         return True
     *lead, k, n = mask.shape
     try:

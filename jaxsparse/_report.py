@@ -88,7 +88,7 @@ class LeafReport:
 HEADER = ["leaf", "shape", "pattern", "kept", "sparsity", "FLOPs a row", "bytes", "speed"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
     """What `report` found: prints as a table, and as HTML in a notebook.
 
@@ -128,6 +128,8 @@ class Report:
     def __str__(self) -> str:
         rows = [leaf.cells() for leaf in (*self.leaves, self.total)]
         return "\n".join([_tree.text_table(HEADER, rows), *self._notes()])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         colors = {FASTER: "#1a7f37", ZEROS: "#bc4c00", UNMEASURED: "#6e7781", DENSE: "#6e7781"}

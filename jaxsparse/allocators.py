@@ -59,7 +59,7 @@ def global_(
     """
     _check_floor(floor, sparsity)
 
-    def allocate(scores: list[jax.Array | None], plan: Plan, share: Any) -> Counts:
+    def allocate(scores: list[Any], plan: Plan, share: Any) -> Counts:
         def survivors(i: int) -> Survivors:
             pattern, shape = plan.leaves[i].pattern, plan.shapes[i]
             means = pattern.gather(scores[i]).astype(jnp.float32) / _unit_size(pattern, shape)
@@ -127,7 +127,7 @@ def lamp(
         lamp_score = jnp.where(tally > 0, jnp.square(edge) / jnp.maximum(tail, 1e-38), 0)
         return tally, select.sort_key(lamp_score)
 
-    def allocate(scores: list[jax.Array | None], plan: Plan, share: Any) -> Counts:
+    def allocate(scores: list[Any], plan: Plan, share: Any) -> Counts:
         def survivors(i: int) -> Survivors:
             pattern, shape = plan.leaves[i].pattern, plan.shapes[i]
             gathered = pattern.gather(scores[i]).astype(jnp.float32) / _unit_size(pattern, shape)

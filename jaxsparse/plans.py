@@ -93,7 +93,7 @@ class Plan:
         if not leaf.sparsity:
             return size
         group = units(leaf.pattern, self.shapes[i])
-        return size * kept_units(leaf.density, group) // group if group else 0
+        return size * int(kept_units(leaf.density, group)) // group if group else 0
 
     def __str__(self) -> str:
         rows = []
@@ -120,7 +120,7 @@ class Plan:
 class Allocate(Protocol):
     """Kept units per group of each leaf, from scores: one int32 per leading slice."""
 
-    def __call__(self, scores: list[jax.Array | None], plan: Plan, share: Any) -> Counts:
+    def __call__(self, scores: list[Any], plan: Plan, share: Any) -> Counts:
         """At `share` of the final sparsity."""
         ...
 

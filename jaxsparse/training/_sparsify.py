@@ -92,8 +92,9 @@ def sparsify(
         return SparseState(state._replace(masks=masks), inner_state)
 
     def update(
-        grads: Tree, state: SparseState, params: Tree | None = None, **extra: Any
+        updates: Tree, state: Any, params: Tree | None = None, **extra: Any
     ) -> tuple[Tree, SparseState]:
+        grads = updates
         if params is None:
             raise ValueError(
                 "sparsify needs the parameters: call tx.update(grads, state, params), not "
