@@ -84,6 +84,10 @@ def leaf_counts(
         return counts
     some = next(s for s in scores if s is not None)
     moved = _tree.in_auto_mode(
-        lambda _, scores: allocate(scores, plan, share), some, scores, replicated=True
+        lambda _, scores, share: allocate(scores, plan, share),
+        some,
+        scores,
+        share,
+        replicated=True,
     )
     return [m if p else c for m, p, c in zip(moved, plan.pooled, counts, strict=True)]

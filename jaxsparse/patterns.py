@@ -267,7 +267,10 @@ def mask_of_count(pattern: Pattern, scores: jax.Array, count: jax.Array | int) -
         gathered = pattern.gather(scores)
         count = count.reshape(count.shape + (1,) * (gathered.ndim - count.ndim))
         keep = select.keep_top(gathered, count, pattern.axes)
-        return pattern.scatter(keep, scores.shape)
+        mask = pattern.scatter(keep, scores.shape)
+        # Units of several weights: no NaN is in a kept one, but now the mask depends on the scores,
+        # entry by entry, and the compiler puts it where they are.
+        return mask if gathered.size == scores.size else mask & (scores == scores)
 
     return _tree.in_auto_mode(select_units, scores, jnp.asarray(count, jnp.int32))
 

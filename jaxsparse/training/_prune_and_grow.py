@@ -92,11 +92,13 @@ def move_units(
         fraction: Share of the kept units of each group that leave.
     """
 
-    def move(w: jax.Array, mask: jax.Array, grow_scores: jax.Array) -> jax.Array:
+    def move(
+        w: jax.Array, mask: jax.Array, grow_scores: jax.Array, fraction: jax.Array
+    ) -> jax.Array:
         held = select.count_true(pattern.gather(mask.astype(jnp.int8)) > 0, pattern.axes)
         stay = held - jnp.round(fraction * held).astype(jnp.int32)
         low, high = jnp.asarray(-jnp.inf, w.dtype), jnp.asarray(jnp.inf, grow_scores.dtype)
         stays = mask_of_count(pattern, jnp.where(mask, jnp.abs(w), low), stay)
         return mask_of_count(pattern, jnp.where(stays, high, grow_scores), held)
 
-    return _tree.in_auto_mode(move, w, mask, grow_scores)
+    return _tree.in_auto_mode(move, w, mask, grow_scores, fraction)
