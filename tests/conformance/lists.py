@@ -24,6 +24,7 @@ class Updater(NamedTuple):
     moves: bool | None = False  # whether its masks must change; None: may
     distribution: Callable[[jsp.Pattern], Any] = lambda pattern: jsp.uniform(0.5, pattern)
     exact: bool = True  # whether the counts of each leaf follow from shapes
+    drawn: bool = True  # whether the first masks are computed from the weights
 
 
 def _fixed(distribution, key, params):
@@ -33,15 +34,18 @@ def _fixed(distribution, key, params):
 UPDATERS = {
     "static": Updater(lambda d, key, p: jsp.static(d, key=key)),
     "static_score": Updater(lambda d, key, p: jsp.static(d, score=jsp.magnitude)),
-    "fixed": Updater(_fixed),
+    "fixed": Updater(_fixed, drawn=False),
     "gradual": Updater(
-        lambda d, key, p: jsp.gradual(d, schedule=jsp.cubic(0, 5), when=jsp.every(2)), True
+        lambda d, key, p: jsp.gradual(d, schedule=jsp.cubic(0, 5), when=jsp.every(2)),
+        True,
+        drawn=False,
     ),
     "gradual_global": Updater(
         lambda d, key, p: jsp.gradual(d, schedule=jsp.linear(1, 5), when=jsp.once(2)),
         True,
         lambda pattern: jsp.global_(0.5, pattern),
         exact=False,
+        drawn=False,
     ),
     "set": Updater(
         lambda d, key, p: jsp.set_(d, key=key, when=jsp.every(2), drop_fraction=0.6), True
