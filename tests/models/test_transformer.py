@@ -27,7 +27,8 @@ def made(config):
 
 
 def make(**changes):
-    return nnx.merge(*made(dataclasses.replace(CONFIG, **changes)))
+    graph, params = made(dataclasses.replace(CONFIG, **changes))
+    return nnx.merge(graph, jax.tree.map(jnp.asarray, params))  # variables of its own
 
 
 def tokens(batch=2, length=12, seed=1):
