@@ -73,7 +73,7 @@ def apply_masks(tree: Tree, masks: Tree) -> Tree:
         {'w': Array([1., 0.], dtype=float32)}
     """
     check_fit(tree, masks)
-    return jax.tree.map(apply_leaf, tree, masks)
+    return jax.tree.map(apply_leaf, tree, _tree.in_containers_of(tree, masks, "masks"))
 
 
 def kept_and_size(masks: Tree, params: Tree | None = None) -> tuple[list[Any], list[int]]:

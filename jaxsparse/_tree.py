@@ -27,9 +27,21 @@ def paths(tree: Tree) -> list[str]:
 
 def same_structure(tree: Tree, reference: Tree, what: str) -> None:
     """Raise a ValueError that names the first path that only one of two trees has."""
-    if jax.tree.structure(tree) == jax.tree.structure(reference):
-        return
+    in_containers_of(reference, tree, what)
+
+
+def in_containers_of(reference: Tree, tree: Tree, what: str) -> Tree:
+    """The leaves of `tree` in the containers of `reference`, which has the same paths.
+
+    Containers differ where NNX wraps them: a `Param` in a model, an `OptVariable` in the state of
+    its `nnx.Optimizer`.
+    """
+    treedef = jax.tree.structure(reference)
+    if jax.tree.structure(tree) == treedef:
+        return tree
     here, there = paths(tree), paths(reference)
+    if here == there:
+        return treedef.unflatten(jax.tree.leaves(tree))
     missing = [p for p in there if p not in set(here)]
     extra = [p for p in here if p not in set(there)]
     detail = (
@@ -37,7 +49,7 @@ def same_structure(tree: Tree, reference: Tree, what: str) -> None:
         if missing
         else f"a leaf {extra[0]} that the parameters lack"
         if extra
-        else f"the containers {jax.tree.structure(tree)}, not {jax.tree.structure(reference)}"
+        else f"the leaves in another order: {here}, not {there}"
     )
     raise ValueError(f"{what} must have the structure of the parameters, but have {detail}.")
 

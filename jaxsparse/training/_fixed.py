@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsparse import _tree
 from jaxsparse._masks import check_fit, is_hidden
 from jaxsparse.training._static import StaticState, keep_state
 from jaxsparse.training._updater import MaskUpdater
@@ -39,9 +40,12 @@ def fixed(masks: Tree) -> MaskUpdater:
     def init(params: Tree) -> StaticState:
         if not jax.tree.leaves(params):  # optax.tree.map_params asks with a placeholder
             return StaticState(params)
-        shown = jax.tree.map(
-            lambda w, m: w if is_hidden(w) else m, params, masks, is_leaf=is_hidden
-        )
+        try:
+            shown = jax.tree.map(
+                lambda w, m: w if is_hidden(w) else m, params, masks, is_leaf=is_hidden
+            )
+        except ValueError:
+            shown = _tree.in_containers_of(params, masks, "masks")
         check_fit(params, shown)
         # Copies, so that a donated state never deletes the arrays of the caller.
         return StaticState(jax.tree.map(lambda m: jnp.array(m, bool), shown))

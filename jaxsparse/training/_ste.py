@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsparse import _tree
 from jaxsparse._choose import choose
 from jaxsparse._masks import unpack_masks
 from jaxsparse.plans import Plan
@@ -86,7 +87,8 @@ def ste(distribution: Callable[[Tree], Plan]) -> MaskUpdater:
         def of_leaf(w: jax.Array, mask: jax.Array) -> jax.Array:
             return straight_through(w, mask) if jnp.ndim(mask) else w
 
-        return jax.tree.map(of_leaf, params, unpack_masks(state.masks))
+        masks = _tree.in_containers_of(params, unpack_masks(state.masks), "the masks of this state")
+        return jax.tree.map(of_leaf, params, masks)
 
     def kept(old: STEState, new: STEState) -> Tree:
         del new
