@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxsparse import select
 from jaxsparse.patterns import Pattern, Unstructured, kept_units, units
-from jaxsparse.plans import Counts, Distribution, LeafPlan, Plan, Where
+from jaxsparse.plans import Counts, Distribution, LeafPlan, Plan, Where, check_sparsity
 
 Survivors = Callable[
     [jax.Array], jax.Array
@@ -143,6 +143,7 @@ def lamp(
 
 
 def _check_floor(floor: float, sparsity: float) -> None:
+    check_sparsity(sparsity, "sparsity")
     if floor < 0 or floor + sparsity > 1:  # not 1 - sparsity: 1 - 0.8 is less than 0.2
         raise ValueError(
             f"floor is the least density of a leaf, between 0 and 1 - sparsity = {1 - sparsity:g}; "

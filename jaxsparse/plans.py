@@ -21,7 +21,8 @@ _DENSE_PART = re.compile(r"embed|^wte$|^wpe$|norm(_?\d+)?$")
 _DENSE_NAME = ("bias", "scale", "gamma", "beta")
 
 
-def _check_sparsity(sparsity: float, what: str) -> None:
+def check_sparsity(sparsity: float, what: str) -> None:
+    """Raise a ValueError unless a sparsity lies in [0, 1)."""
     if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
         raise ValueError(
             f"{what} is the fraction of weights removed and must lie in [0, 1); got {sparsity}. "
@@ -48,7 +49,7 @@ class LeafPlan:
     sparsity: float
 
     def __post_init__(self):
-        _check_sparsity(self.sparsity, "sparsity")
+        check_sparsity(self.sparsity, "sparsity")
         if isinstance(self.pattern, NM) and self.sparsity:
             object.__setattr__(self, "sparsity", 1 - self.pattern.n / self.pattern.m)
 
@@ -153,10 +154,10 @@ class Distribution:
     allocate: Allocate | None = None
 
     def __post_init__(self):
-        _check_sparsity(self.sparsity, "sparsity")
+        check_sparsity(self.sparsity, "sparsity")
         for rule, value in self.overrides.items():
             if not isinstance(value, LeafPlan):
-                _check_sparsity(value, f"overrides: the sparsity for {rule!r}")
+                check_sparsity(value, f"overrides: the sparsity for {rule!r}")
 
     def __call__(self, params: Tree) -> Plan:
         """The plan for a tree of parameters; errors name the leaf."""
