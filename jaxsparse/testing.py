@@ -311,12 +311,14 @@ def _same(a: Any, b: Any, what: str) -> None:
 
 
 def _close(a: Any, b: Any, what: str) -> None:
-    """Within four roundings of the largest entry."""
+    """Integers and bools the same, floats within four roundings of the largest entry."""
     for path, x, y in zip(_tree.paths(a), jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         x, y = np.asarray(x), np.asarray(y)
         error = np.abs(x.astype(np.float64) - y.astype(np.float64)).max(initial=0)
         scale = np.abs(y.astype(np.float64)).max(initial=0)
-        _say(error <= 4 * float(jnp.finfo(y.dtype).eps) * scale, f"{what}: {path}, by {error}")
+        inexact = jnp.issubdtype(y.dtype, jnp.inexact)
+        bound = 4 * float(jnp.finfo(y.dtype).eps) * scale if inexact else 0
+        _say(error <= bound, f"{what}: {path}, by {error}")
 
 
 def _say(holds: Any, message: str) -> None:
