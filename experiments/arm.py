@@ -51,7 +51,7 @@ def make_arm(options: Options, algorithm: str) -> Arm:
         ValueError: the plan does not fit the model, for example NM(3, 7) on a width of 256.
     """
     config = model_config(options)
-    inner = optax.with_extra_args_support(optimizer(options.training))
+    inner = optax.with_extra_args_support(optimizer(options, algorithm))
     make = partial(Transformer, config)
     graph = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))[0]
     updater = None if algorithm == "dense" else ALGORITHMS[algorithm](options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,7 +44,9 @@ class Training:
     batch: int = 4
     """Windows in a step."""
     learning_rate: float = 2e-2
-    """At the end of the warm-up."""
+    """At the end of the warm-up, for embedding, norms and head."""
+    matrix_rate: float = 0.1
+    """Times the learning rate, for dense matrices; sparse ones take 1 / density times that."""
     warmup: float = 0.05
     """Share of the steps."""
     weight_decay: float = 0.1
@@ -165,20 +168,36 @@ def learning_rate(options: Training) -> optax.Schedule:
     )
 
 
-def optimizer(options: Training) -> optax.GradientTransformation:
-    """Clipping and AdamW; weight decay leaves norms alone."""
+def optimizer(options: Options, algorithm: str) -> optax.GradientTransformation:
+    """Clipping and AdamW without decay of norms, with a learning rate of their own for matrices.
 
-    def matrices(params: Any) -> Any:
+    Dense matrices take `matrix_rate` times the learning rate. An output that sums k instead of K
+    inputs needs steps K / k times as large to move as far, so sparse ones take 1 / density times
+    that, and one setting suits dense and sparse models (Dey et al., Sparse maximal update
+    parameterization, 2024, arXiv:2405.15743). Where weights are dense at first (gradual) or
+    throughout (ste, sr_ste) they count as dense.
+    """
+    t, sparse = options.training, algorithm in ("static", "set", "rigl")
+    factor = t.matrix_rate / (1 - target_sparsity(options.sparse) if sparse else 1)
+
+    def decayed(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: "scale" not in _name(path), params)
+
+    def stretch(updates: Any, params: Any) -> Any:
+        del params
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: "scale" not in jax.tree_util.keystr(path), params
+            lambda path, u: factor * u if fnmatch(_name(path), MATRICES) else u, updates
         )
 
     return optax.chain(
-        optax.clip_by_global_norm(options.clip),
-        optax.adamw(
-            learning_rate(options), b2=0.98, weight_decay=options.weight_decay, mask=matrices
-        ),
+        optax.clip_by_global_norm(t.clip),
+        optax.adamw(learning_rate(t), b2=0.98, weight_decay=t.weight_decay, mask=decayed),
+        optax.stateless(stretch),
     )
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
 PATTERNS: dict[str, Callable[[Sparsity], Any]] = {
