@@ -191,8 +191,11 @@ def check_updater(
     seen = history(packed)
     for t in range(steps):
         _check_step(seen[t], seen[t + 1], t, floor)
-    first, last = (jax.tree.leaves(s[4]) for s in (seen[0], seen[-1]))
-    changed = any((a != b).any() for a, b in zip(first, last, strict=True))
+    trees = [jax.tree.leaves(s[4]) for s in seen]
+    last = trees[-1]
+    changed = any(
+        (a != b).any() for t in range(steps) for a, b in zip(*trees[t : t + 2], strict=True)
+    )
     if moves is not None:
         _say(changed == moves, f"masks {'never move' if moves else 'move'} in {steps} steps")
     if plan is not None:
@@ -237,7 +240,7 @@ def gradients_at(view: Tree, params: Tree, t: jax.Array) -> Tree:
     grads = []
     for i, (v, w) in enumerate(zip(leaves, jax.tree.leaves(params), strict=True)):
         order = jnp.arange(v.size, dtype=jnp.float32).reshape(v.shape)
-        g = v.astype(jnp.float32) + jnp.cos(order * 37 + 11 * t + i) + 0 * w.astype(jnp.float32)
+        g = v.astype(jnp.float32) / 8 + jnp.cos(order * 37 + 11 * t + i) + 0 * w.astype(jnp.float32)
         here = (order == v.size - 1) & (i == t % len(leaves))
         grads.append(jnp.where(here, g + bad, g).astype(w.dtype))
     return treedef.unflatten(grads)

@@ -33,17 +33,16 @@ def _fixed(distribution, key, params):
 
 UPDATERS = {
     "static": Updater(lambda d, key, p: jsp.static(d, key=key)),
-    "static_score": Updater(lambda d, key, p: jsp.static(d, score=jsp.magnitude)),
     "fixed": Updater(_fixed, drawn=False),
     "gradual": Updater(
         lambda d, key, p: jsp.gradual(d, schedule=jsp.cubic(0, 5), when=jsp.every(2)),
         True,
         drawn=False,
     ),
-    "gradual_global": Updater(
+    "gradual_lamp": Updater(
         lambda d, key, p: jsp.gradual(d, schedule=jsp.linear(1, 5), when=jsp.once(2)),
         True,
-        lambda pattern: jsp.global_(0.5, pattern),
+        lambda pattern: jsp.lamp(0.5, pattern),
         exact=False,
         drawn=False,
     ),
@@ -51,9 +50,6 @@ UPDATERS = {
         lambda d, key, p: jsp.set_(d, key=key, when=jsp.every(2), drop_fraction=0.6), True
     ),
     "rigl": Updater(
-        lambda d, key, p: jsp.rigl(d, key=key, when=jsp.every(2), drop_fraction=0.6), True
-    ),
-    "rigl_erk": Updater(
         lambda d, key, p: jsp.rigl(
             d,
             key=key,
@@ -64,8 +60,8 @@ UPDATERS = {
         lambda pattern: jsp.erk(0.5, pattern),
     ),
     "ste": Updater(lambda d, key, p: jsp.ste(d), None),
-    "ste_lamp": Updater(
-        lambda d, key, p: jsp.ste(d), None, lambda pattern: jsp.lamp(0.5, pattern), exact=False
+    "ste_global": Updater(
+        lambda d, key, p: jsp.ste(d), None, lambda pattern: jsp.global_(0.5, pattern), exact=False
     ),
     "sr_ste": Updater(lambda d, key, p: jsp.sr_ste(d, decay=0.1), None),
 }
@@ -123,7 +119,10 @@ OPTIMIZERS = {
     "schedule_free": Optimizer(optax.contrib.schedule_free_adamw(1e-2)),
     "multi_steps_inside": Optimizer(optax.MultiSteps(optax.adam(1e-2), 2)),
     "multi_steps_outside": Optimizer(
-        optax.adam(1e-2), lambda tx: optax.MultiSteps(tx, 2), micro_steps=2
+        optax.adam(1e-2),
+        # Without the last argument MultiSteps never forgets a NaN.
+        lambda tx: optax.MultiSteps(tx, 2, should_skip_update_fn=optax.skip_not_finite),
+        micro_steps=2,
     ),
     "multi_transform": Optimizer(
         optax.multi_transform({"adam": optax.adam(1e-2), "sgd": optax.sgd(0.1, 0.9)}, _labels)
@@ -136,7 +135,10 @@ OPTIMIZERS = {
         )
     ),
     "inject_hyperparams": Optimizer(
-        optax.inject_hyperparams(optax.adam)(learning_rate=optax.linear_schedule(1e-2, 1e-3, 9))
+        # In bf16, which it would take from the gradients, b2 = 0.999 is 1.
+        optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "eps", "eps_root"))(
+            learning_rate=optax.linear_schedule(1e-2, 1e-3, 9)
+        )
     ),
     "apply_if_finite": Optimizer(optax.apply_if_finite(optax.adam(1e-2), 3)),
 }
