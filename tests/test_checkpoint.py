@@ -583,7 +583,7 @@ def test_a_kill_at_any_moment_leaves_a_sound_checkpoint(tmp_path):
         env=os.environ | {"PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     started = list(map(int, done.stdout.split()))
