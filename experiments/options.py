@@ -39,7 +39,7 @@ class Model:
 class Training:
     """Training: AdamW, linear warm-up, cosine decay to a tenth."""
 
-    steps: int = 3000
+    steps: int = 2000
     """Optimizer steps."""
     batch: int = 4
     """Windows in a step."""
