@@ -90,7 +90,7 @@ ROWS = [
     )
 ]
 # What is computed from the step and used in a selection, in a mesh that is the context.
-ROWS += [(name, "unstructured", "explicit_set", False) for name in ("rigl", "gradual_global")]
+ROWS += [(name, "unstructured", "explicit_set", False) for name in ("rigl", "gradual_lamp")]
 
 
 @pytest.mark.parametrize(("updater", "pattern", "mode", "packed"), ROWS)
