@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from jaxsparse import _tree
 from jaxsparse._masks import apply_leaf, is_hidden, pack_masks, unpack_masks
+from jaxsparse.training._gate import all_finite, update_when
 from jaxsparse.training._updater import MaskUpdater
 
 Tree = Any
@@ -115,7 +114,7 @@ def sparsify(
                 return x
             return apply_leaf(x, mask)
 
-        def step(grads: Tree, inner_state: optax.OptState) -> tuple[Tree, optax.OptState]:
+        def step(inner_state: optax.OptState) -> tuple[Tree, optax.OptState]:
             cleared = optax.tree.map_params(
                 inner, clear, inner_state, kept, params, is_leaf=is_hidden
             )
@@ -138,7 +137,7 @@ def sparsify(
                 u = jnp.where(mask, u.astype(dtype), -w.astype(dtype))
             return jnp.where(finite, u, jnp.zeros((), u.dtype))
 
-        updates, inner_state = _step_when(finite, step, grads, state.inner)
+        updates, inner_state = update_when(finite, step, state.inner)
         updates = jax.tree.map(finish, updates, params, kept)
         if updater.after_step:
             stepped = optax.apply_updates(params, updates)
@@ -148,60 +147,6 @@ def sparsify(
         return updates, SparseState(new, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _step_when(
-    finite: jax.Array,
-    step: Callable[[Tree, optax.OptState], tuple[Tree, optax.OptState]],
-    grads: Tree,
-    inner_state: optax.OptState,
-) -> tuple[Tree, optax.OptState]:
-    """Updates and the state after `step`; where not finite the old state, and any updates.
-
-    A loop of zero or one trips whose carry holds the gradients first and the updates then: the
-    state is updated in place, without a second copy of it or of the updates.
-    """
-    out, states = jax.eval_shape(step, grads, inner_state)
-    gs, grads_def = jax.tree.flatten(grads)
-    us, updates_def = jax.tree.flatten(out)
-    shared = [
-        grads_def == updates_def and jnp.shape(g) == u.shape and _tree.dtype_of(g) == u.dtype
-        for g, u in zip(gs, us, strict=True)
-    ]
-    slots = [
-        jnp.asarray(g) if same else jnp.zeros(u.shape, u.dtype)
-        for g, u, same in zip(gs, us, shared, strict=True)
-    ]
-    start = jax.tree.map(_tree.with_type_of, inner_state, states)
-
-    def body(carry: Any) -> Any:
-        _, slots, inner_state = carry
-        held = [slot if same else g for slot, g, same in zip(slots, gs, shared, strict=True)]
-        updates, inner_state = step(grads_def.unflatten(held), inner_state)
-        return jnp.array(False), jax.tree.leaves(updates), inner_state
-
-    _, slots, inner_state = lax.while_loop(lambda carry: carry[0], body, (finite, slots, start))
-    return updates_def.unflatten(slots), inner_state
-
-
-def all_finite(grads: Tree) -> jax.Array:
-    """Whether every floating-point entry is finite: the largest exponent, by integer maxima."""
-    finite = jnp.array(True)
-    for g in jax.tree.leaves(grads):
-        if not _tree.is_float(g) or not jnp.size(g):
-            continue
-        g = jnp.asarray(g)
-        info = jnp.finfo(g.dtype)
-        integer = {16: jnp.int16, 32: jnp.int32, 64: jnp.int64}.get(info.bits)
-        if integer is None:  # eight-bit floats
-            finite &= jnp.all(jnp.isfinite(g.astype(jnp.float32)))
-            continue
-        infinity = lax.bitcast_convert_type(jnp.asarray(jnp.inf, g.dtype), integer)
-        size = lax.bitcast_convert_type(g, integer) & jnp.iinfo(integer).max
-        # Along one axis first: a CPU does not vectorise the reduction of a matrix to a scalar.
-        columns = lax.optimization_barrier(jnp.max(size, 0)) if size.ndim > 1 else size
-        finite &= jnp.max(columns) < infinity
-    return finite
 
 
 def _refuse_lookahead(params: Tree) -> None:
