@@ -1,8 +1,9 @@
 """What sparse training costs over dense training: ratios to a dense Adam step, in one run.
 
-An MLP of 9.2M parameters (784-1024x9-10, batch 128, float32). Dense and sparse steps take turns;
+An MLP of 9.2M parameters (784-1024x9-10, batch 128, float32). A dense and a sparse step take turns;
 each figure is the median over rounds of sparse / dense within a round, so that a machine whose
-speed drifts does not change it. "Amortised" is computed from the two measured ratios before it.
+speed drifts does not change it. No third one is alive: its state would take cache and huge pages
+that a single training run has. "Amortised" is computed from the two measured ratios before it.
 
     python -m experiments.bench_core [--rounds 15] [--out experiments/results/bench_core.json]
 
@@ -36,7 +37,10 @@ import jaxsparse as jsp
 SIZES = (784, *[1024] * 9, 10)
 BATCH = 128
 SEEDS = 4
-ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592"
+ALLOCATOR = ":".join(
+    f"glibc.malloc.{name}"
+    for name in ("hugetlb=1", "mmap_max=0", "trim_threshold=8589934592", "arena_max=1")
+)
 Step = Callable[..., Any]
 
 
@@ -190,43 +194,40 @@ def measure(options: Options) -> list[list[str]]:
     def wanted(name: str) -> bool:
         return options.only in name
 
-    def compare(title: str, runs: dict[str, Runner], limits: dict[str, float], seeds: int = 0):
-        runs = {name: run for name, run in runs.items() if wanted(f"{title} {name}")}
-        if not runs:
+    def compare(
+        title: str, made: dict[str, jsp.MaskUpdater], limits: dict[str, float], seeds: int = 0
+    ) -> dict[str, float]:
+        made = {name: updater for name, updater in made.items() if wanted(f"{title}: {name}")}
+        if not made:
             return {}
-        dense = Runner(None, seeds=seeds)
-        times = interleaved({"dense": dense, **runs}, options.rounds)
-        rows.append(
-            [f"{title}: dense, ms", f"{statistics.median(times['dense']) * 1e3:.4g}", "", ""]
-        )
-        ratios = {name: ratio(times, name, "dense") for name in runs}
-        for name, figure in ratios.items():
-            rows.append(row(f"{title}: {name} / dense", figure, limits.get(name)))
+        dense, ratios, times = Runner(None, seeds=seeds), {}, {}
+        for name, updater in made.items():
+            run = Runner(updater, packed="packed" in name, seeds=seeds)
+            times = interleaved({"dense": dense, name: run}, options.rounds)
+            ratios[name] = ratio(times, name, "dense")
+            rows.append(row(f"{title}: {name} / dense", ratios[name], limits.get(name)))
+            if "packed" in name:
+                rows.append(row("packed masks, bits a weight", mask_bits(run.values[1]), 1.0))
+        milliseconds = statistics.median(times["dense"]) * 1e3
+        rows.append(row(f"{title}: dense, ms", milliseconds, None))
         return ratios
 
-    quiet_runs = {name: Runner(u) for name, u in updaters(never).items()}
-    packed = Runner(updaters(never)["rigl"], packed=True)
-    quiet_limits = dict.fromkeys(quiet_runs, 1.12) | QUIET_LIMIT
-    quiet = compare("quiet step", {**quiet_runs, "rigl, packed": packed}, quiet_limits)
-    rows.append(row("packed masks, bits a weight", mask_bits(packed.values[1]), 1.0))
-    del quiet_runs, packed
-    moving = {name: Runner(u) for name, u in updaters(always).items() if name != "static"}
-    update = compare("mask-update step", moving, UPDATE_LIMIT)
-    del moving
+    quiet, moving = updaters(never), updaters(always)
+    moving.pop("static")
+    limits = dict.fromkeys(quiet, 1.12) | QUIET_LIMIT
+    quiet_ratio = compare("quiet step", {**quiet, "rigl, packed": quiet["rigl"]}, limits)
+    update_ratio = compare("mask-update step", moving, UPDATE_LIMIT)
     for name in quiet:
-        if name in update or name == "static":
-            figure = (99 * quiet[name] + update.get(name, quiet[name])) / 100
+        if name in quiet_ratio and (name in update_ratio or name == "static"):
+            figure = (99 * quiet_ratio[name] + update_ratio.get(name, quiet_ratio[name])) / 100
             limit = AMORTISED_LIMIT.get(name, 1.14)
             rows.append(row(f"amortised, one update in 100: {name} / dense", figure, limit))
     straight = {
-        "2:4": Runner(jsp.ste(jsp.uniform(0.5, jsp.NM(2, 4)))),
-        "unstructured": Runner(jsp.ste(jsp.uniform(0.9))),
+        "2:4": jsp.ste(jsp.uniform(0.5, jsp.NM(2, 4))),
+        "unstructured": jsp.ste(jsp.uniform(0.9)),
     }
     compare("straight-through step", straight, {"2:4": 1.25, "unstructured": 2.0})
-    del straight
-    seeds = {name: Runner(u, seeds=SEEDS) for name, u in updaters(never).items()}
-    compare(f"quiet step under vmap over {SEEDS}", seeds, dict.fromkeys(seeds, 1.15), SEEDS)
-    del seeds
+    compare(f"quiet step under vmap over {SEEDS}", quiet, dict.fromkeys(quiet, 1.15), SEEDS)
     if wanted("make_mask"):
         limits = {"Unstructured": 1 / 25, "FanIn": 1 / 15}
         for name, figure in selections(options.rounds).items():

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Tree = Any
@@ -85,6 +86,13 @@ def is_float(leaf: Any) -> bool:
     return jnp.issubdtype(dtype_of(leaf), jnp.floating)
 
 
+def zero_unless(condition: jax.Array, x: Any) -> Any:
+    """`x` where the scalar holds, else zeros; random keys as they are."""
+    if jnp.issubdtype(dtype_of(x), jax.dtypes.extended):
+        return x
+    return jnp.where(condition, x, jnp.zeros((), dtype_of(x)))
+
+
 def in_auto_mode(
     fn: Callable[..., Any], like: jax.Array, *args: Any, replicated: bool = False
 ) -> Any:
@@ -113,15 +121,26 @@ def with_type_of(x: Any, aval: jax.ShapeDtypeStruct) -> Any:
     return jax.sharding.reshard(x, sharding)
 
 
-@jax.jit
 def uniform_noise(key: jax.Array, like: jax.Array) -> jax.Array:
-    """Uniform float32 noise [0, 1) of the shape and sharding of `like`; NaN where `like` is NaN.
+    """Noise in [0, 1), float32 in steps of 2**-24, of the shape and sharding of `like`.
 
-    So a NaN weight is never kept, and noise depends on the weight, whose sharding it then takes.
+    NaN where `like` is NaN. So a NaN weight is never kept, and noise depends on the weight, whose
+    sharding it then takes. Bits are a keyed hash of the index (the finalizer of MurmurHash3, which
+    mixes every bit of the index into every bit of the hash): good enough to choose weights at
+    random, and a tenth of the time of `jax.random.bits` on a CPU.
     """
 
     def noise(like: jax.Array, key: jax.Array) -> jax.Array:
-        drawn = jax.random.uniform(key, like.shape, jnp.float32)
+        before, between = jax.random.bits(key, (2,), jnp.uint32)
+        index = jnp.zeros(like.shape, jnp.uint32)
+        for axis, size in enumerate(like.shape):
+            index = index * jnp.uint32(size & 0xFFFFFFFF)
+            index = index + lax.broadcasted_iota(jnp.uint32, like.shape, axis)
+        bits = index ^ before
+        bits = (bits ^ bits >> 16) * jnp.uint32(0x85EBCA6B)
+        bits = ((bits ^ bits >> 13) ^ between) * jnp.uint32(0xC2B2AE35)
+        bits = (bits ^ bits >> 16) >> 8
+        drawn = bits.astype(jnp.float32) * jnp.float32(2**-24)
         return jnp.where(jnp.isnan(like), jnp.nan, drawn)
 
     return in_auto_mode(noise, like, key)

@@ -17,9 +17,7 @@ reduced across devices. Cost: 2 bytes a score of temporary memory, 2 to 32 passe
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -50,31 +48,23 @@ def sort_key(scores: jax.Array) -> jax.Array:
     return jnp.where(magnitude > infinity, lowest, key)
 
 
-def fold(x: jax.Array, axis: int, reduce: Callable[..., jax.Array]) -> jax.Array:
-    """`x` with up to 16 neighbours along `axis` reduced to one, for a longer reduction to follow.
-
-    XLA on a CPU rewrites a long reduction so that what it reads is first written out; a short one
-    is fused with what computes it. The axis stays divisible by the power of two, up to 64, that
-    divides it: sharded over so many devices, nothing moves.
-    """
-    step = fold_step(x.shape[axis])
-    if step == 1:
-        return x
-    axis %= x.ndim
-    shape = (*x.shape[:axis], x.shape[axis] // step, step, *x.shape[axis + 1 :])
-    return lax.optimization_barrier(reduce(x.reshape(shape), axis + 1))
-
-
-def fold_step(size: int) -> int:
-    """How many neighbours `fold` reduces to one along an axis of this size."""
-    spare = size // math.gcd(size, 64)
-    return max(c for c in range(1, 17) if spare % c == 0) if spare else 1
-
-
 def count_true(condition: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """How many are True in each group, int32, with 1 along `axes`."""
-    counts = fold(condition, axes[0], functools.partial(jnp.sum, dtype=jnp.int32))
-    return jnp.sum(counts, axes, keepdims=True, dtype=jnp.int32)
+    """How many are True in each group, int32, with 1 along `axes`.
+
+    XLA on a CPU rewrites a long reduction so that its input is first written out as int32; summing
+    up to 16 neighbours on their own avoids that. They are chosen such that the axis stays divisible
+    by the power of two, up to 64, that divides it: sharded over so many devices, nothing moves.
+    """
+    first = condition.ndim + axes[0]
+    size = condition.shape[first]
+    spare = size // math.gcd(size, 64)
+    step = max(c for c in range(1, 17) if spare % c == 0) if spare else 1
+    if step > 1:
+        shape = (*condition.shape[:first], size // step, step, *condition.shape[first + 1 :])
+        condition = lax.optimization_barrier(
+            jnp.sum(condition.reshape(shape), first + 1, dtype=jnp.int32)
+        )
+    return jnp.sum(condition, axes, keepdims=True, dtype=jnp.int32)
 
 
 def _threshold(

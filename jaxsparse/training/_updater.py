@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse import _tree
+
 Tree = Any
 T = TypeVar("T")
 
@@ -63,8 +65,14 @@ def run_when(due: jax.Array, fn: Callable[[T], T], value: T) -> T:
 
     Unlike `lax.cond` it stays a branch under vmap: no member pays for a step on which none is due.
     """
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(value)
 
     def body(state: tuple[jax.Array, T]) -> tuple[jax.Array, T]:
-        return jnp.zeros_like(state[0]), fn(state[1])
+        due, value = state
+        # Always due here, which the compiler cannot know: what only depends on the arrays that `fn`
+        # captured would otherwise be moved out of the loop, and computed at every step.
+        captured = [_tree.zero_unless(due, x) for x in closed.consts]
+        leaves = jax.core.eval_jaxpr(closed.jaxpr, captured, *jax.tree.leaves(value))
+        return jnp.zeros_like(due), jax.tree.unflatten(jax.tree.structure(out), leaves)
 
     return lax.while_loop(lambda state: state[0], body, (due, value))[1]
