@@ -1,0 +1,31 @@
+"""Operands for the cases of `block_sparse_matmul`."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import plan
+
+
+def operands(case, seed=0):
+    """x [M, K], values [S, bk, bn] with NaN in slots that are not in use, dy [M, N], topology."""
+    rng = np.random.default_rng(seed)
+    (r, c), (bk, bn) = case.grid, case.block
+    if case.fan_in:
+        width = round(case.density * r)
+        rows = np.concatenate([rng.permutation(r)[:width] for _ in range(c)])
+        cols = np.repeat(np.arange(c), width)
+    else:
+        mask = rng.random((r, c)) < case.density
+        mask[1 % r] = mask[:, c - 1] = False  # an empty line of each kind
+        rows, cols = np.nonzero(mask)
+        order = rng.permutation(len(rows))
+        rows, cols = rows[order], cols[order]
+        rows = np.concatenate([rows, np.full(case.spare, r)])
+        cols = np.concatenate([cols, np.zeros(case.spare, int)])
+    topology = plan(jnp.asarray(rows), jnp.asarray(cols), case.grid, fan_in=None)
+    if case.fan_in:
+        topology = plan(jnp.asarray(rows), jnp.asarray(cols), case.grid, fan_in=width)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), case.dtype)  # noqa: E731
+    values = normal(len(rows), bk, bn)
+    values = jnp.where(topology.used[:, None, None], values, jnp.nan)
+    return normal(case.m, r * bk), values, normal(case.m, c * bn), topology
