@@ -19,14 +19,14 @@ class KernelOp(NamedTuple):
         name: As users import it.
         fn: The public function.
         reference: The same in dense float32 arithmetic.
-        implementations: By name; all take the arguments of `fn`.
+        implementations: By name; what an implementation is made of, the file of `fn` says.
         cases: Shapes that every implementation must handle.
     """
 
     name: str
     fn: Callable[..., Any]
     reference: Callable[..., Any]
-    implementations: Mapping[str, Callable[..., Any]]
+    implementations: Mapping[str, Any]
     cases: tuple[Any, ...]
 
 
