@@ -20,7 +20,12 @@ from pallas_kernels._topology import Topology
 
 
 class Implementation(NamedTuple):
-    """matmul(x, values, topology, transpose) -> y; gradients(x, dy, values, topology) -> (dx, dv)."""
+    """What an implementation is made of; x [M, K], dy [M, N], values [S, bk, bn].
+
+    Attributes:
+        matmul: (x, values, topology, transpose) -> x @ W, or x @ W^T.
+        gradients: (x, dy, values, topology) -> gradients of x and of the values for y = x @ W.
+    """
 
     matmul: Any
     gradients: Any
@@ -95,7 +100,7 @@ def block_sparse_matmul(
             topology.grid[0] * values.shape[1] if transpose else topology.grid[1] * values.shape[2]
         )
         return jnp.zeros((*x.shape[:-1], size), dtype)
-    y = _matmul(choice, transpose, rows, values.astype(dtype), topology)
+    y: jax.Array = _matmul(choice, transpose, rows, values.astype(dtype), topology)
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -109,8 +114,8 @@ def _check(x: jax.Array, values: jax.Array, topology: Topology, transpose: bool)
     want = c * bn if transpose else r * bk
     if x.ndim < 1 or x.shape[-1] != want:
         raise ValueError(
-            f"a weight of {r} x {c} blocks of {bk} x {bn} is ({r * bk}, {c * bn}), so the last axis "
-            f"of x must be {want}; got {x.shape}."
+            f"a weight of {r} x {c} blocks of {bk} x {bn} is ({r * bk}, {c * bn}), so the last "
+            f"axis of x must be {want}; got {x.shape}."
         )
 
 

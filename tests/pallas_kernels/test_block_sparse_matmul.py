@@ -1,4 +1,4 @@
-"""Block-sparse matmul against the dense product, for every case and implementation that runs here."""
+"""Block-sparse matmul against the dense product: all cases, all implementations that run here."""
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,9 @@ def test_a_plan_is_the_same_on_stacked_weights():
     stacked = plan(rows, cols, (3, 2))
     for i in range(2):
         alone = plan(rows[i], cols[i], (3, 2))
-        jax.tree.map(np.testing.assert_array_equal, alone, jax.tree.map(lambda a: a[i], stacked))
+        jax.tree.map(
+            np.testing.assert_array_equal, alone, jax.tree.map(lambda a, i=i: a[i], stacked)
+        )
     assert stacked.count.tolist() == [3, 2] and stacked.used.tolist()[1] == [True, False, True]
     assert isinstance(stacked, Topology) and stacked.grid == (3, 2)
 
