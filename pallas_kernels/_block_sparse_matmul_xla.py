@@ -4,7 +4,7 @@ A loop over block columns. Each turn joins the stored blocks of a column into on
 matrix and the matching columns of x into [M, g * bk], so that the work is a few large products
 instead of many small ones, and nothing of the size of the dense weight is ever made. The backward
 pass goes over the same columns once for both gradients: dx += dy_c W_c^T, added into the columns of
-x that were read, and dW_c = x_c^T dy_c, which is the gradient at the stored blocks and nothing else.
+x that were read, and dW_c = x_c^T dy_c, the gradient at the stored blocks and nothing else.
 
 FLOPs 2 M bk bn a stored block forward and twice that backward. Bytes beyond the operands: the
 joined columns of x, M bk a stored block, written and read once, which stay in cache.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import eval_jaxpr
 
 from jaxsparse import _tree
 
@@ -72,7 +73,7 @@ def run_when(due: jax.Array, fn: Callable[[T], T], value: T) -> T:
         # Always due here, which the compiler cannot know: what only depends on the arrays that `fn`
         # captured would otherwise be moved out of the loop, and computed at every step.
         captured = [_tree.zero_unless(due, x) for x in closed.consts]
-        leaves = jax.core.eval_jaxpr(closed.jaxpr, captured, *jax.tree.leaves(value))
+        leaves = eval_jaxpr(closed.jaxpr, captured, *jax.tree.leaves(value))
         return jnp.zeros_like(due), jax.tree.unflatten(jax.tree.structure(out), leaves)
 
     return lax.while_loop(lambda state: state[0], body, (due, value))[1]
