@@ -29,7 +29,7 @@ PAIRWISE = 32  # largest group that is ranked by comparing pairs
 def sort_key(scores: jax.Array) -> jax.Array:
     """Integer keys in the order of the scores: int32, or int64 for 64-bit scores.
 
-    NaN gets the lowest integer, which no number has.
+    NaN gets the lowest integer, which no other float has.
     """
     dtype = scores.dtype
     if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -40,7 +40,7 @@ def sort_key(scores: jax.Array) -> jax.Array:
     if not jnp.issubdtype(dtype, jnp.floating):
         if dtype in (jnp.uint32, jnp.uint64):
             scores = lax.bitcast_convert_type(scores, key_type) ^ jnp.asarray(lowest, key_type)
-        return jnp.maximum(scores.astype(key_type), lowest + 1)
+        return scores.astype(key_type)
     bits = lax.bitcast_convert_type(scores.astype(jnp.float64 if wide else jnp.float32), key_type)
     magnitude = bits & jnp.iinfo(key_type).max
     infinity = 0x7FF0000000000000 if wide else 0x7F800000
@@ -132,10 +132,11 @@ def _sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return jnp.sum(x, axes, keepdims=True, dtype=jnp.int32)
 
 
-def _search(key: jax.Array, count: jax.Array, axes: tuple[int, ...], bits: int) -> jax.Array:
+def _search(
+    key: jax.Array, valid: jax.Array, count: jax.Array, axes: tuple[int, ...], bits: int
+) -> jax.Array:
     """Keys above the threshold, and the first ones equal to it until there are `count`."""
     threshold, at_least = _threshold(key, count, axes, bits)
-    valid = key > jnp.iinfo(key.dtype).min
     spare = at_least - count
 
     def all_ties():
@@ -158,14 +159,14 @@ def _search(key: jax.Array, count: jax.Array, axes: tuple[int, ...], bits: int) 
     return valid & (count > 0) & ((key > threshold) | (key == threshold) & early)
 
 
-def _pairwise(key: jax.Array, count: jax.Array, axis: int) -> jax.Array:
+def _pairwise(key: jax.Array, valid: jax.Array, count: jax.Array, axis: int) -> jax.Array:
     """By rank: how many of the group beat each key."""
     index = lax.broadcasted_iota(jnp.int32, key.shape, key.ndim + axis)
     rank = jnp.zeros(key.shape, jnp.int32)
     for j in range(key.shape[axis]):
         rival = lax.index_in_dim(key, j, key.ndim + axis)
         rank += ((rival > key) | (rival == key) & (j < index)).astype(jnp.int32)
-    return (rank < count) & (key > jnp.iinfo(key.dtype).min)
+    return (rank < count) & valid
 
 
 def keep_top(scores: jax.Array, count: jax.Array | int, axes: tuple[int, ...]) -> jax.Array:
@@ -190,8 +191,8 @@ def keep_top(scores: jax.Array, count: jax.Array | int, axes: tuple[int, ...]) -
         return jnp.zeros(scores.shape, bool)
     groups = [1 if i - scores.ndim in axes else n for i, n in enumerate(scores.shape)]
     count = jnp.broadcast_to(jnp.clip(jnp.asarray(count, jnp.int32), 0, size), groups)
-    key = sort_key(scores)
+    key, valid = sort_key(scores), scores == scores
     if len(axes) == 1 and size <= PAIRWISE:
-        return _pairwise(key, count, axes[0])
+        return _pairwise(key, valid, count, axes[0])
     bits = 16 if scores.dtype == jnp.bfloat16 else 8 * key.dtype.itemsize
-    return _search(key, count, axes, bits)
+    return _search(key, valid, count, axes, bits)

@@ -177,3 +177,12 @@ def test_empty_scores():
     assert jsp.make_mask(jsp.Unstructured(), jnp.zeros((0, 4)), 0.5).shape == (0, 4)
     assert jsp.make_mask(jsp.NM(2, 4), jnp.zeros((4, 0)), 0.5).shape == (4, 0)
     assert jsp.make_mask(jsp.FanIn(), jnp.zeros((2, 0, 3)), 0.5).shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("int32", -(2**31)), ("uint32", 0)])
+@pytest.mark.parametrize("size", [9, 41])
+def test_the_two_lowest_integers_do_not_tie(dtype, least, size):
+    scores = np.full(size, least, dtype)
+    scores[-1] += 1
+    mask = select.keep_top(jnp.asarray(scores), 1, (-1,))
+    assert mask.tolist() == [False] * (size - 1) + [True]
