@@ -44,6 +44,7 @@ SECTIONS = (
     "Patterns",
     "Distributions",
     "Schedules",
+    "Weight formats",
     "Tools",
     "Kernels",
 )
@@ -58,7 +59,12 @@ def section_of(thing: Any) -> str:
         return "Patterns"
     if "Distribution" in returns:
         return "Distributions"
-    rooms = {"oneshot": "One-shot methods", "scores": "Scores", "schedules": "Schedules"}
+    rooms = {
+        "oneshot": "One-shot methods",
+        "scores": "Scores",
+        "schedules": "Schedules",
+        "formats": "Weight formats",
+    }
     if module.startswith("pallas_kernels"):
         return "Kernels"
     return rooms.get(module.split(".")[1], "Tools")

@@ -13,8 +13,9 @@ import optax
 from flax import nnx
 
 import jaxsparse as jsp
-from experiments.options import ALGORITHMS, Options, model_config, optimizer
+from experiments.options import ALGORITHMS, STORED, Options, distribution, model_config, optimizer
 from models.transformer import Transformer
+from pallas_kernels import Topology
 
 Tree = Any
 
@@ -31,7 +32,7 @@ class Arm(NamedTuple):
             both trees.
         nats: (params, opt_state, tokens, weights) -> (weighted sum of nats, sum of weights).
         view: (params, opt_state) -> the params that the model sees.
-        masks: opt_state -> mask tree, or None without masks.
+        masks: opt_state -> mask tree (of blocks, where those are stored), or None without masks.
     """
 
     name: str
@@ -54,17 +55,28 @@ def make_arm(options: Options, algorithm: str) -> Arm:
     inner = optax.with_extra_args_support(optimizer(options, algorithm))
     make = partial(Transformer, config)
     graph = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))[0]
-    updater = None if algorithm == "dense" else ALGORITHMS[algorithm](options)
-    tx = inner if updater is None else jsp.sparsify(inner, updater, packed=True)
+    stored = algorithm in STORED
+
+    def begin():
+        params = nnx.split(make(rngs=nnx.Rngs(options.training.seed)))[1]
+        return stored_blocks(params, options, algorithm) if stored else (params, None)
+
+    def wrap(blocks):
+        if algorithm == "dense":
+            return None, inner
+        made = STORED[algorithm](options, blocks) if stored else ALGORITHMS[algorithm](options)
+        return made, jsp.sparsify(inner, made, packed=not stored)
+
+    updater, tx = wrap(jax.eval_shape(begin)[1])
 
     def view(params, state):
         return params if updater is None else updater.view(params, state.updater)
 
     @jax.jit
     def init():
-        params = nnx.split(make(rngs=nnx.Rngs(options.training.seed)))[1]
-        state = tx.init(params)
-        if updater is None or getattr(state.updater, "dense_weights", False):
+        params, blocks = begin()
+        state = wrap(blocks)[1].init(params)
+        if updater is None or stored or getattr(state.updater, "dense_weights", False):
             return params, state
         masks = jsp.masks(state)  # what is not kept is zero from the first forward pass on
         return jax.tree.map(fill_fan_in, jsp.apply_masks(params, masks), masks), state
@@ -83,9 +95,32 @@ def make_arm(options: Options, algorithm: str) -> Arm:
     def nats(params, state, tokens, weights):
         return (losses(params, state, tokens) * weights).sum(), weights.sum()
 
-    masks = None if updater is None else jax.jit(jsp.masks)
+    masks = None if updater is None else jax.jit(block_maps if stored else jsp.masks)
     jax.eval_shape(init)  # plans that do not fit are found here
     return Arm(algorithm, graph, tx, init, step, nats, view, masks)
+
+
+def stored_blocks(params: Tree, options: Options, algorithm: str) -> tuple[Tree, Tree]:
+    """Random blocks of fresh weights from `jsp.blockify`, scaled as `fill_fan_in` does."""
+    key = jax.random.key(options.training.seed + 1)
+    values, blocks = jsp.blockify(params, distribution(options.sparse), jsp.random, key=key)
+
+    def scale(leaf, topology):
+        if not isinstance(topology, Topology):
+            return leaf
+        return leaf * (topology.grid[0] / topology.fan_in) ** 0.5
+
+    values = jax.tree.map(scale, values, blocks)
+    return jsp.add_probes(values, blocks) if algorithm == "block_rigl" else values, blocks
+
+
+def block_maps(state: Tree) -> Tree:
+    """Masks of blocks `[L, K/bk, N/bn]` in the state of an optimizer of stored blocks."""
+    return jax.tree.map(
+        lambda leaf: leaf.block_map if isinstance(leaf, Topology) else leaf,
+        state.updater.blocks,
+        is_leaf=lambda leaf: isinstance(leaf, Topology),
+    )
 
 
 def fill_fan_in(weight: jax.Array, mask: jax.Array) -> jax.Array:

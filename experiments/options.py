@@ -61,8 +61,19 @@ class Training:
 class Sparsity:
     """Sparsity, in every matrix of the blocks; embedding, norms and head stay dense."""
 
-    algorithm: Literal["rigl", "set", "static", "gradual", "ste", "sr_ste", "dense"] = "rigl"
-    """How masks come about."""
+    algorithm: Literal[
+        "block_rigl",
+        "block_set",
+        "block_static",
+        "rigl",
+        "set",
+        "static",
+        "gradual",
+        "ste",
+        "sr_ste",
+        "dense",
+    ] = "rigl"
+    """How masks come about; block_... store blocks alone and compute with nothing else."""
     sparsity: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Share of weights removed; 0.9 if not given, 1 - n/m with --pattern nm."""
     distribution: Literal["uniform", "erk", "global", "lamp"] = "erk"
@@ -132,6 +143,8 @@ class Options:
                 raise ValueError(f"--{name} must be in [0, 1]; got {value}.")
         if s.sparsity is not None and not 0 <= s.sparsity < 1:
             raise ValueError(f"--sparsity must be in [0, 1); got {s.sparsity}.")
+        if s.algorithm in STORED and s.pattern != "block":
+            raise ValueError(f"--algorithm {s.algorithm} stores blocks: add --pattern block.")
         if s.sparsity is not None and s.pattern == "nm":
             raise ValueError(
                 f"--pattern nm with --nm {s.nm[0]} {s.nm[1]} has sparsity {1 - s.nm[0] / s.nm[1]}: "
@@ -177,7 +190,7 @@ def optimizer(options: Options, algorithm: str) -> optax.GradientTransformation:
     parameterization, 2024, arXiv:2405.15743). Where weights are dense at first (gradual) or
     throughout (ste, sr_ste) they count as dense.
     """
-    t, sparse = options.training, algorithm in ("static", "set", "rigl")
+    t, sparse = options.training, algorithm in ("static", "set", "rigl", *STORED)
     factor = t.matrix_rate / (1 - target_sparsity(options.sparse) if sparse else 1)
 
     def decayed(params: Any) -> Any:
@@ -186,7 +199,7 @@ def optimizer(options: Options, algorithm: str) -> optax.GradientTransformation:
     def stretch(updates: Any, params: Any) -> Any:
         del params
         return jax.tree_util.tree_map_with_path(
-            lambda path, u: factor * u if fnmatch(_name(path), MATRICES) else u, updates
+            lambda path, u: factor * u if fnmatch(_name(path), f"{MATRICES}*") else u, updates
         )
 
     return optax.chain(
@@ -255,6 +268,13 @@ ALGORITHMS: dict[str, Callable[[Options], Any]] = {
     "ste": lambda o: jsp.ste(distribution(o.sparse)),
     "sr_ste": lambda o: jsp.sr_ste(distribution(o.sparse)),
 }
+
+STORED: dict[str, Callable[[Options, Any], Any]] = {
+    "block_rigl": lambda o, blocks: jsp.block_rigl(blocks, **_moving(o)),
+    "block_set": lambda o, blocks: jsp.block_set(blocks, **_moving(o)),
+    "block_static": lambda o, blocks: jsp.block_static(blocks),
+}
+"""Algorithms that train stored blocks, which come from `jsp.blockify`."""
 
 DENSE_GRADIENT: dict[str, Callable[[Options], float]] = {
     "rigl": lambda o: o.sparse.until / o.sparse.every,

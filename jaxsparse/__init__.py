@@ -12,7 +12,8 @@ from jaxsparse._masks import (
 )
 from jaxsparse._report import LeafReport, Report, report
 from jaxsparse.allocators import global_, lamp
-from jaxsparse.oneshot import prune
+from jaxsparse.formats import CSR, BlockSparse, NMPacked
+from jaxsparse.oneshot import blockify, prune
 from jaxsparse.patterns import NM, Block, Channel, FanIn, Pattern, Unstructured, make_mask
 from jaxsparse.plans import Distribution, LeafPlan, Plan, erk, prunable, uniform
 from jaxsparse.schedules import constant, cosine, cubic, every, linear, once
@@ -20,6 +21,10 @@ from jaxsparse.scores import fisher, gradient, magnitude, movement, random, sali
 from jaxsparse.training import (
     MaskUpdater,
     SparseState,
+    add_probes,
+    block_rigl,
+    block_set,
+    block_static,
     check,
     fixed,
     gradual,
@@ -35,17 +40,25 @@ from jaxsparse.training import (
 
 __all__ = [
     "Block",
+    "BlockSparse",
+    "CSR",
     "Channel",
     "Distribution",
     "FanIn",
     "LeafPlan",
     "MaskUpdater",
     "NM",
+    "NMPacked",
     "Pattern",
     "Plan",
     "SparseState",
     "Unstructured",
+    "add_probes",
     "apply_masks",
+    "block_rigl",
+    "block_set",
+    "block_static",
+    "blockify",
     "check",
     "checkpoint",
     "churn",

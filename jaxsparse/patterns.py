@@ -230,7 +230,7 @@ def _at_least(scores: jax.Array, ndim: int, pattern: Pattern) -> jax.Array:
 
 def _sum(scores: jax.Array, axes: tuple[int, ...], keepdims: bool = False) -> jax.Array:
     """Sum in float32 at least; a NaN or an infinity spreads to its unit."""
-    wide = jnp.promote_types(scores.dtype, jnp.float32)
+    wide = scores.dtype if scores.dtype in (jnp.float32, jnp.float64) else jnp.float32
     return jnp.sum(scores.astype(wide), axes, keepdims=keepdims)
 
 

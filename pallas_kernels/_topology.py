@@ -67,6 +67,17 @@ class Topology:
         return self.rows < self.grid[0]
 
     @property
+    def block_map(self) -> jax.Array:
+        """Bool `[..., R, C]`: the blocks that are stored."""
+
+        def one(rows: jax.Array, cols: jax.Array) -> jax.Array:
+            return jnp.zeros(self.grid, bool).at[rows, cols].set(True, mode="drop")
+
+        for _ in self.rows.shape[:-1]:
+            one = jax.vmap(one)
+        return one(self.rows, self.cols)
+
+    @property
     def count(self) -> jax.Array:
         """int32 `[...]`: how many slots are in use."""
         return self.col_start[..., -1]

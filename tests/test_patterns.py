@@ -135,3 +135,10 @@ def test_patterns_are_static_arguments(pattern):
 )
 def test_weights_of_one_and_three_axes(pattern):
     testing.check_pattern(pattern, (3, 4, 5)[-pattern.ndim :])
+
+
+def test_units_of_bf16_scores_are_summed_under_strict_promotion():
+    scores = jnp.array([[1, 2, 4, 3]], jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"):
+        mask = jsp.make_mask(jsp.Block((1, 2)), scores, 0.5)
+    assert mask.tolist() == [[False, False, True, True]]

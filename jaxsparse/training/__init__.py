@@ -1,7 +1,11 @@
 """Sparse training: `sparsify` and the algorithms that move its masks."""
 
+from jaxsparse.training._block_rigl import block_rigl
+from jaxsparse.training._block_set import block_set
+from jaxsparse.training._block_static import block_static
 from jaxsparse.training._fixed import fixed
 from jaxsparse.training._gradual import gradual
+from jaxsparse.training._move_blocks import add_probes
 from jaxsparse.training._rigl import rigl
 from jaxsparse.training._set import set_
 from jaxsparse.training._sparsify import SparseState, check, masks, sparsify
@@ -13,6 +17,10 @@ from jaxsparse.training._updater import MaskUpdater
 __all__ = [
     "MaskUpdater",
     "SparseState",
+    "add_probes",
+    "block_rigl",
+    "block_set",
+    "block_static",
     "check",
     "fixed",
     "gradual",

@@ -66,6 +66,18 @@ UPDATERS = {
     "sr_ste": Updater(lambda d, key, p: jsp.sr_ste(d, decay=0.1), None),
 }
 
+STORED_UPDATERS = {
+    "block_static": lambda blocks, key: jsp.block_static(blocks),
+    "block_set": lambda blocks, key: jsp.block_set(blocks, key=key, when=jsp.every(2)),
+    "block_rigl": lambda blocks, key: jsp.block_rigl(blocks, key=key, when=jsp.every(2, start=1)),
+}
+
+FORMATS = {
+    "block_sparse": lambda w: jsp.BlockSparse.from_dense(w, (4, 2)),
+    "nm_packed": lambda w: jsp.NMPacked.from_dense(w, 2, 4),
+    "csr": lambda w: jsp.CSR.from_dense(w),
+}
+
 PATTERNS = {
     "unstructured": jsp.Unstructured(),
     "nm24": jsp.NM(2, 4),

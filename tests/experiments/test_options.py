@@ -23,7 +23,7 @@ def parse(*arguments):
 @pytest.mark.parametrize(
     ("registry", "cls", "field"),
     [
-        ({**o.ALGORITHMS, "dense": None}, o.Sparsity, "algorithm"),
+        ({**o.ALGORITHMS, **o.STORED, "dense": None}, o.Sparsity, "algorithm"),
         (o.PATTERNS, o.Sparsity, "pattern"),
         (o.DISTRIBUTIONS, o.Sparsity, "distribution"),
         (o.SIZES, o.Model, "model"),
@@ -40,6 +40,7 @@ def test_the_command_line_offers_what_there_is(registry, cls, field):
         *({"pattern": name} for name in o.PATTERNS if name != "unstructured"),
         *({"distribution": name} for name in o.DISTRIBUTIONS if name != "erk"),
         {"algorithm": "sr_ste", "pattern": "nm", "nm": (1, 4)},
+        *({"algorithm": name, "pattern": "block", "block": (16, 16)} for name in o.STORED),
     ],
     ids=str,
 )

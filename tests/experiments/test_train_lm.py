@@ -178,6 +178,23 @@ def test_killed_and_interrupted_runs_go_on_bit_for_bit(whole, text, tmp_path):
     assert sparse["valid_bits_per_byte"] == other["valid_bits_per_byte"]
 
 
+def test_stored_blocks_train_and_go_on_from_a_checkpoint(text, tmp_path):
+    out = tmp_path / "blocks"
+    options = "--algorithm block_rigl --pattern block --block 16 16 --distribution uniform"
+    assert main(command(text, out, *options.split())) == 0
+    first = losses(out)
+    assert len(first) == STEPS and first[-1][1] < first[0][1] - 1
+    assert "Only stored blocks are multiplied" in (out / "table.txt").read_text()
+    moved = [record["churn"] for record in read_metrics(out / "metrics.jsonl") if "churn" in record]
+    assert len(moved) == 5 and any(max(layers) > 0 for layers in moved[1].values())
+
+    newest = max((out / "checkpoints").iterdir())  # as if the run had been killed before it
+    shutil.rmtree(newest)
+    (out / "result.json").unlink()
+    assert main(command(text, out, *options.split())) == 0
+    assert losses(out) == first
+
+
 def test_fresh_deletes_the_run_and_nothing_else(whole, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(whole, out)
