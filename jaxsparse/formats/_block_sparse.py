@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxsparse.formats._probe import Probe, attach
+from jaxsparse.formats._protocol import multiply_slices
 from jaxsparse.patterns import kept_units
 from pallas_kernels import Topology, block_sparse_matmul, plan, todense
 
@@ -88,7 +89,6 @@ class BlockSparse:
 
     def __rmatmul__(self, x: Any) -> jax.Array:
         """`x @ w`: `[..., K]` -> `[..., N]`; leading axes of a stack must lead in x too."""
-        x = jnp.asarray(x)
 
         def multiply(w: BlockSparse, x: jax.Array) -> jax.Array:
             y = block_sparse_matmul(x, w.values, w.topology, transpose=w.transposed)
@@ -97,15 +97,7 @@ class BlockSparse:
             rows = attach(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), w.probe)
             return rows.reshape(y.shape)
 
-        lead = self.values.shape[:-3]
-        if x.shape[: len(lead)] != lead:
-            raise ValueError(
-                f"a stack {lead} of weights {self.shape} needs x of shape {(*lead, '...')}; got "
-                f"{x.shape}. Scan or index the stack, or put its axes first."
-            )
-        for _ in lead:
-            multiply = jax.vmap(multiply)
-        return multiply(self, x)
+        return multiply_slices(multiply, self, x, self.values.shape[:-3])
 
     @classmethod
     def from_dense(
