@@ -16,6 +16,7 @@ from typing import Any
 
 import jaxsparse
 import jaxsparse.checkpoint
+import jaxsparse.nn
 import pallas_kernels
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,7 @@ SECTIONS = (
     "Distributions",
     "Schedules",
     "Weight formats",
+    "Layers",
     "Tools",
     "Kernels",
 )
@@ -64,6 +66,7 @@ def section_of(thing: Any) -> str:
         "scores": "Scores",
         "schedules": "Schedules",
         "formats": "Weight formats",
+        "nn": "Layers",
     }
     if module.startswith("pallas_kernels"):
         return "Kernels"
@@ -72,7 +75,7 @@ def section_of(thing: Any) -> str:
 
 def public() -> Iterator[tuple[str, Any]]:
     """(name as a user writes it, thing) for every function and class that is exported."""
-    for module in (jaxsparse, jaxsparse.checkpoint, pallas_kernels):
+    for module in (jaxsparse, jaxsparse.nn, jaxsparse.checkpoint, pallas_kernels):
         prefix = module.__name__.removeprefix("jaxsparse").lstrip(".")
         for name in getattr(module, "__all__", ()):
             thing = getattr(module, name)

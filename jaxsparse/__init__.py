@@ -1,6 +1,6 @@
 """Functional sparsity for JAX: masks as pytrees, sparse training as an Optax transform."""
 
-from jaxsparse import checkpoint, scores
+from jaxsparse import checkpoint, nn, scores
 from jaxsparse._masks import (
     apply_masks,
     churn,
@@ -79,6 +79,7 @@ __all__ = [
     "make_mask",
     "masks",
     "movement",
+    "nn",
     "once",
     "overlap",
     "pack_masks",

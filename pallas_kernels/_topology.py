@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.experimental import checkify
 
 
 @partial(
@@ -132,6 +134,48 @@ def plan(
     by_col, col_start = order(cols * r + rows, r, c)
     by_row, row_start = order(rows * c + cols, c, r)
     return Topology(rows, cols, by_col, col_start, by_row, row_start, fan_in)
+
+
+def check_topology(topology: Topology) -> None:
+    """Raise if two slots in use stand at one place, or a `fan_in` does not tell the columns.
+
+    Kernels take that for granted. On the host; under `jax.experimental.checkify` also inside jit,
+    and in plain jit it does nothing.
+
+    Raises:
+        ValueError: Names the place, the slots and the mend.
+
+    Example:
+        >>> from pallas_kernels import check_topology, plan
+        >>> check_topology(plan(jnp.array([0, 1]), jnp.array([0, 0]), (2, 2)))
+    """
+    (r, c), rows, cols = topology.grid, topology.rows, topology.cols
+    key = jnp.where(topology.used, cols * r + rows, r * c)
+    ordered = jnp.sort(key, -1)
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] < r * c)
+    place = jnp.max(jnp.where(twice, ordered[..., 1:], -1), initial=-1)
+    own = jnp.array(True)
+    if topology.fan_in is not None:
+        column = jnp.arange(topology.slots, dtype=jnp.int32) // topology.fan_in
+        own = jnp.all((cols == column) | ~topology.used)
+    if isinstance(place, Tracer):
+        twice_stored = "two slots store block {place} (column * R + row)"
+        checkify.debug_check(place < 0, twice_stored, place=place)
+        checkify.debug_check(own, "a slot stands outside the column that fan_in gives it")
+        return
+    if int(place) >= 0:
+        row, column = int(place) % r, int(place) // r
+        slots = jnp.flatnonzero((rows == row) & (cols == column)).tolist()
+        raise ValueError(
+            f"slots {slots} all store the block at row {row}, column {column}; a place may be "
+            f"stored once. Give spare slots the row {r}, which marks them as not in use."
+        )
+    if not own:
+        raise ValueError(
+            f"fan_in={topology.fan_in} says that column c owns the slots c * fan_in to "
+            "(c + 1) * fan_in - 1, but a slot stands in another column. Order slots by column, or "
+            "leave fan_in out."
+        )
 
 
 class Visits(NamedTuple):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxsparse import select
 from jaxsparse.formats._probe import Probe, attach
 from jaxsparse.formats._protocol import multiply_slices
 from jaxsparse.patterns import kept_units
@@ -234,6 +235,22 @@ class BlockSparse:
         values = jax.random.normal(of_values, (*rows.shape, *block), dtype)
         values = values * jnp.asarray(scale * (fan_in * bk) ** -0.5, dtype)
         return cls(values, plan(rows, cols, (r, c), fan_in=fan_in))
+
+
+def best_rows(scores: jax.Array, density: float) -> jax.Array:
+    """The rows of the best `density * R`, at least one, of every block column.
+
+    Args:
+        scores: Scores of blocks `[..., R, C]`.
+        density: Share of blocks, in (0, 1].
+
+    Returns:
+        int32 `[..., C, fan_in]`, ascending.
+    """
+    fan_in = max(1, int(kept_units(density, scores.shape[-2])))
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)  # so that each column keeps its count
+    keep = select.keep_top(scores, fan_in, (-2,)).swapaxes(-1, -2)
+    return jnp.argsort(~keep, axis=-1, stable=True)[..., :fan_in].astype(jnp.int32)
 
 
 def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:

@@ -6,11 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jaxsparse import select
-from jaxsparse.formats._block_sparse import BlockSparse
-from jaxsparse.patterns import Block, kept_units
+from jaxsparse.formats._block_sparse import BlockSparse, best_rows
+from jaxsparse.patterns import Block
 from jaxsparse.plans import Plan
 from jaxsparse.scores._evidence import ScoreFn, scorer
 from jaxsparse.scores._magnitude import magnitude
@@ -74,11 +72,7 @@ def blockify(
                 f"{path} is planned with {leaf.pattern}, which cannot be stored as blocks. Plan it "
                 "with Block((bk, bn)), or exclude it with where=."
             )
-        scores = leaf.pattern.gather(score_of(i))
-        scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)  # each column keeps its count
-        fan_in = max(1, int(kept_units(leaf.density, scores.shape[-2])))
-        keep = select.keep_top(scores, fan_in, (-2,)).swapaxes(-1, -2)
-        rows = jnp.argsort(~keep, axis=-1, stable=True)[..., :fan_in]
+        rows = best_rows(leaf.pattern.gather(score_of(i)), leaf.density)
         stored = BlockSparse.from_rows(w, leaf.pattern.shape, rows)
         values.append(stored.values)
         topologies.append(stored.topology)
