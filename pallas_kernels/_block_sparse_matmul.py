@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from pallas_kernels import _block_sparse_matmul_xla as xla
 from pallas_kernels._op import KernelOp, choose
-from pallas_kernels._topology import Topology
+from pallas_kernels._topology import Topology, check_topology
 
 
 class Implementation(NamedTuple):
@@ -31,7 +32,16 @@ class Implementation(NamedTuple):
     gradients: Any
 
 
-IMPLEMENTATIONS = {"xla": Implementation(xla.matmul, xla.gradients)}
+def _tpu() -> Any:
+    from pallas_kernels import _block_sparse_matmul_tpu  # late: Pallas takes 70 ms to import
+
+    return _block_sparse_matmul_tpu
+
+
+IMPLEMENTATIONS = {
+    "xla": Implementation(xla.matmul, xla.gradients),
+    "tpu": Implementation(lambda *a: _tpu().matmul(*a), lambda *a: _tpu().gradients(*a)),
+}
 
 
 def todense(values: jax.Array, topology: Topology) -> jax.Array:
@@ -93,7 +103,11 @@ def block_sparse_matmul(
     """
     choice = choose("block_sparse_matmul", IMPLEMENTATIONS, implementation)
     _check(x, values, topology, transpose)
+    if isinstance(topology.rows, Tracer):
+        check_topology(topology)  # for checkify; else no work
     dtype = jnp.result_type(x, values)
+    if implementation is None and choice == "tpu" and _tpu().supports(dtype, *values.shape[1:]):
+        choice = "xla"
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
     if not values.shape[0] or not rows.size:
         size = (

@@ -1,4 +1,4 @@
-"""Operands for the cases of `block_sparse_matmul`."""
+"""Operands for the cases of `block_sparse_matmul`, and the answers by numpy."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,3 +29,24 @@ def operands(case, seed=0):
     values = normal(len(rows), bk, bn)
     values = jnp.where(topology.used[:, None, None], values, jnp.nan)
     return normal(case.m, r * bk), values, normal(case.m, c * bn), topology
+
+
+def assert_close(got, want, tolerance):
+    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+    assert got.shape == want.shape
+    assert np.abs(got - want).max(initial=0) <= tolerance * max(np.abs(want).max(initial=0), 1e-30)
+
+
+def oracle(x, values, dy, topology):
+    """y, dx, dvalues by numpy in float32."""
+    x, dy = np.asarray(x, np.float32), np.asarray(dy, np.float32)
+    used, (_, bk, bn) = np.asarray(topology.used), values.shape
+    (r, c), blocks = topology.grid, np.nan_to_num(np.asarray(values, np.float32))
+    dense = np.zeros((r, bk, c, bn), np.float32)
+    rows, cols = np.asarray(topology.rows)[used], np.asarray(topology.cols)[used]
+    dense[rows, :, cols] = blocks[used]
+    dense = dense.reshape(r * bk, c * bn)
+    slope = (x.T @ dy).reshape(r, bk, c, bn)
+    dvalues = np.zeros(values.shape, np.float32)
+    dvalues[used] = slope[rows, :, cols]
+    return dense, x @ dense, dy @ dense.T, dvalues

@@ -4,35 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
-from pallas_kernels import Topology, _op, block_sparse_matmul, plan, todense
+from pallas_kernels import Topology, _op, block_sparse_matmul, check_topology, plan, todense
 from pallas_kernels._block_sparse_matmul import CASES, IMPLEMENTATIONS, OP
 from pallas_kernels._topology import visits
-from tests.pallas_kernels.cases import operands
+from tests.pallas_kernels.cases import assert_close, operands, oracle
 
 RUNS_HERE = [name for name in IMPLEMENTATIONS if name in ("xla", _op.here())]
 SMALL = next(case for case in CASES if case.name == "unbalanced, empty lines, spare slots")
-
-
-def assert_close(got, want, tolerance):
-    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
-    assert got.shape == want.shape
-    assert np.abs(got - want).max(initial=0) <= tolerance * max(np.abs(want).max(initial=0), 1e-30)
-
-
-def oracle(x, values, dy, topology):
-    """y, dx, dvalues by numpy in float32."""
-    x, dy = np.asarray(x, np.float32), np.asarray(dy, np.float32)
-    used, (_, bk, bn) = np.asarray(topology.used), values.shape
-    (r, c), blocks = topology.grid, np.nan_to_num(np.asarray(values, np.float32))
-    dense = np.zeros((r, bk, c, bn), np.float32)
-    rows, cols = np.asarray(topology.rows)[used], np.asarray(topology.cols)[used]
-    dense[rows, :, cols] = blocks[used]
-    dense = dense.reshape(r * bk, c * bn)
-    slope = (x.T @ dy).reshape(r, bk, c, bn)
-    dvalues = np.zeros(values.shape, np.float32)
-    dvalues[used] = slope[rows, :, cols]
-    return dense, x @ dense, dy @ dense.T, dvalues
 
 
 @pytest.mark.parametrize("implementation", RUNS_HERE)
@@ -141,3 +121,21 @@ def test_errors():
         block_sparse_matmul(x, values, topology, implementation="cuda")
     with pytest.raises(ValueError, match=r"fan_in=2 in 3 block columns takes 6 slots; got 5"):
         plan(jnp.zeros(5, int), jnp.zeros(5, int), (4, 3), fan_in=2)
+
+
+def test_a_block_stored_twice_is_refused():
+    for case in CASES:
+        check_topology(operands(case)[3])
+    twice = plan(jnp.array([1, 0, 1, 9]), jnp.array([2, 0, 2, 0]), (2, 3))
+    with pytest.raises(ValueError, match=r"slots \[0, 2\] all store the block at row 1, column 2"):
+        check_topology(twice)
+    apart = plan(jnp.array([0, 1]), jnp.array([1, 0]), (2, 2), fan_in=1)
+    with pytest.raises(ValueError, match="fan_in=1 says that column c owns the slots"):
+        check_topology(apart)
+    checked = jax.jit(checkify.checkify(check_topology, errors=checkify.user_checks))
+    assert "two slots store block 5" in checked(twice)[0].get()
+    assert "outside the column" in checked(apart)[0].get()
+    jax.jit(check_topology)(twice)  # without checkify nothing is done
+    multiply = jax.jit(checkify.checkify(block_sparse_matmul, errors=checkify.user_checks))
+    x, values = jnp.ones((2, 4)), jnp.ones((4, 2, 2))
+    assert "two slots store block 5" in multiply(x, values, twice)[0].get()
