@@ -33,14 +33,11 @@ import optax
 import tyro
 
 import jaxsparse as jsp
+from experiments.bench_kernels import ALLOCATOR
 
 SIZES = (784, *[1024] * 9, 10)
 BATCH = 128
 SEEDS = 4
-ALLOCATOR = ":".join(
-    f"glibc.malloc.{name}"
-    for name in ("hugetlb=1", "mmap_max=0", "trim_threshold=8589934592", "arena_max=1")
-)
 Step = Callable[..., Any]
 
 
