@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 import jaxsparse as jsp
 from tests.conformance.lists import SCORES, make_params
@@ -75,3 +76,18 @@ def test_prune_hands_each_leaf_its_evidence(name, key):
         w, g = params["layers"]["up"]["kernel"], tree["layers"]["up"]["kernel"]
         want = jsp.make_mask(jsp.Unstructured(), FORMULAS[name](np.asarray(w), np.asarray(g)), 0.5)
         np.testing.assert_array_equal(masks["layers"]["up"]["kernel"], want)
+
+
+def test_noise_is_uniform_and_independent_of_place_and_key():
+    """The hash behind `random`: against a uniform distribution, neighbours, and another key."""
+    w = jnp.zeros((256, 256))
+    a, b = (np.asarray(jsp.random(w, key=jax.random.key(i))) for i in (0, 1))
+    assert a.dtype == np.float32 and a.min() >= 0 and a.max() < 1
+    assert scipy.stats.kstest(a.reshape(-1), "uniform").pvalue > 1e-3
+    for x, y in ((a[1:], a[:-1]), (a[:, 1:], a[:, :-1]), (a, b)):
+        assert abs(np.corrcoef(x.reshape(-1), y.reshape(-1))[0, 1]) < 0.02  # sigma 0.004
+    top = a > 0.9
+    for counts in (top.sum(0), top.sum(1), top.reshape(32, 8, 32, 8).sum((1, 3))):
+        expected = counts.mean() * 0.9  # of a binomial
+        assert 0.7 < counts.var() / expected < 1.3
+    assert np.isnan(jsp.random(w.at[3, 4].set(jnp.nan), key=jax.random.key(0))[3, 4])
