@@ -6,6 +6,9 @@ instead of many small ones, and nothing of the size of the dense weight is ever 
 pass goes over the same columns once for both gradients: dx += dy_c W_c^T, added into the columns of
 x that were read, and dW_c = x_c^T dy_c, the gradient at the stored blocks and nothing else.
 
+Both are compiled whole even where the caller is not: op by op they are slow, and XLA in JAX 0.12
+fails to compile the loop alone under vmap.
+
 FLOPs 2 M bk bn a stored block forward and twice that backward. Bytes beyond the operands: the
 joined columns of x, M bk a stored block, written and read once, which stay in cache.
 """
@@ -13,6 +16,7 @@ joined columns of x, M bk a stored block, written and read once, which stay in c
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -85,6 +89,7 @@ def _wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+@partial(jax.jit, static_argnums=3)
 def matmul(x: jax.Array, values: jax.Array, topology: Topology, transpose: bool) -> jax.Array:
     """X @ W, or x @ W^T with `transpose`; see `block_sparse_matmul`."""
     turns, (r, c) = _turns(topology), topology.grid
@@ -111,6 +116,7 @@ def _spread(out: jax.Array, parts: jax.Array, rows: jax.Array, size: int) -> jax
     return out
 
 
+@jax.jit
 def gradients(
     x: jax.Array, dy: jax.Array, values: jax.Array, topology: Topology
 ) -> tuple[jax.Array, jax.Array]:
