@@ -139,25 +139,24 @@ def move_blocks(
             return growth + jnp.where(finite, jnp.square(slope.probe.astype(jnp.float32)), 0)
 
         growth = jax.tree.map(gathered, state.growth, grads)
-        paths = _tree.paths(jax.tree.map(lambda _: 0, params, is_leaf=_is_stored))
         leaves = jax.tree.leaves(params, is_leaf=_is_stored)
         found, treedef = jax.tree.flatten(state.blocks, is_leaf=_is_topology)
         scores = treedef.flatten_up_to(growth)
-        for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        for i, (path, leaf) in enumerate(zip(_paths(params), leaves, strict=True)):
             if not _is_topology(found[i]):
                 continue
 
             def move(
-                state: tuple[Topology, jax.Array], path: str = path, leaf: Any = leaf
+                held: tuple[Topology, jax.Array], path: str = path, leaf: Any = leaf
             ) -> tuple[Topology, jax.Array]:
-                topology, seen = state
-                if not probed:
+                topology, seen = held
+                if probed:
+                    wanted = seen
+                else:
                     noise = jax.random.fold_in(_tree.leaf_key(key, path), step)
                     shape = (*topology.rows.shape[:-1], *topology.grid)
-                    return move_slots(
-                        topology, leaf, jax.random.uniform(noise, shape), fraction
-                    ), seen
-                return move_slots(topology, leaf.values, seen, fraction), jnp.zeros_like(seen)
+                    wanted = jax.random.uniform(noise, shape)
+                return move_slots(topology, _values(leaf), wanted, fraction), jnp.zeros_like(seen)
 
             found[i], scores[i] = run_when(due, move, (found[i], scores[i]))
         return BlockState(
@@ -169,7 +168,7 @@ def move_blocks(
 
     def view(params: Tree, state: BlockState) -> Tree:
         placed = _in_containers_of(params, state.blocks, probed)
-        paths = iter(_tree.paths(jax.tree.map(lambda _: 0, params, is_leaf=_is_stored)))
+        paths = iter(_paths(params))
 
         def of_leaf(leaf: Any, topology: Any) -> Any:
             path = next(paths)
@@ -229,6 +228,11 @@ def move_slots(
     return plan(rows, topology.cols, topology.grid, fan_in=width)
 
 
+def _paths(params: Tree) -> list[str]:
+    """The path of each leaf, a `Stored` being one."""
+    return _tree.paths(jax.tree.map(lambda _: 0, params, is_leaf=_is_stored))
+
+
 def _map(fn: Any, params: Tree, blocks: Tree) -> Tree:
     return jax.tree.map(fn, params, blocks, is_leaf=_is_stored)
 
@@ -249,13 +253,12 @@ def _in_containers_of(params: Tree, blocks: Tree, probed: bool = False) -> Tree:
     """The topologies in the containers of the parameters; raises where they do not fit."""
     leaves, treedef = jax.tree.flatten(params, is_leaf=_is_stored)
     placed = jax.tree.leaves(blocks, is_leaf=_is_topology)
-    paths = _tree.paths(treedef.unflatten(range(len(leaves))))
     if len(leaves) != len(placed):
         raise ValueError(
             f"the parameters have {len(leaves)} leaves, but blocks has {len(placed)}: pass both "
             "results of the same blockify."
         )
-    for path, leaf, topology in zip(paths, leaves, placed, strict=True):
+    for path, leaf, topology in zip(_paths(params), leaves, placed, strict=True):
         if not _is_topology(topology):
             continue
         if _is_stored(leaf) != probed:
