@@ -121,6 +121,7 @@ def with_type_of(x: Any, aval: jax.ShapeDtypeStruct) -> Any:
     return jax.sharding.reshard(x, sharding)
 
 
+@jax.jit
 def uniform_noise(key: jax.Array, like: jax.Array) -> jax.Array:
     """Noise in [0, 1), float32 in steps of 2**-24, of the shape and sharding of `like`.
 

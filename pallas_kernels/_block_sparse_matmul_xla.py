@@ -15,7 +15,6 @@ joined columns of x, M bk a stored block, written and read once, which stay in c
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -80,10 +79,6 @@ def _add(out: jax.Array, part: jax.Array, begin: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(out, old + part, begin, axis=1)
 
 
-def _loop(turns: _Turns, body: Callable[[jax.Array, Any], Any], start: Any) -> Any:
-    return lax.fori_loop(0, turns.steps, body, start)
-
-
 def _wide(dtype: Any) -> Any:
     """The type of sums: float32 at least."""
     return jnp.promote_types(dtype, jnp.float32)
@@ -106,7 +101,8 @@ def matmul(x: jax.Array, values: jax.Array, topology: Topology, transpose: bool)
 
     size = r * bk if transpose else c * bn
     start = jnp.zeros((x.shape[0], size), wide)
-    return _loop(turns, backward if transpose else forward, start).astype(x.dtype)
+    turn = backward if transpose else forward
+    return lax.fori_loop(0, turns.steps, turn, start).astype(x.dtype)
 
 
 def _spread(out: jax.Array, parts: jax.Array, rows: jax.Array, size: int) -> jax.Array:
@@ -140,5 +136,5 @@ def gradients(
         return dx, dvalues
 
     start = jnp.zeros(x.shape, wide), jnp.zeros_like(values)
-    dx, dvalues = _loop(turns, body, start)
+    dx, dvalues = lax.fori_loop(0, turns.steps, body, start)
     return dx.astype(x.dtype), dvalues

@@ -16,6 +16,7 @@ from jaxsparse import _tree, select
 from jaxsparse.formats._block_sparse import BlockSparse
 from jaxsparse.formats._probe import Probe
 from jaxsparse.schedules import Schedule, When
+from jaxsparse.training._prune_and_grow import fraction_schedule
 from jaxsparse.training._updater import MaskUpdater, run_when
 from pallas_kernels import Topology, plan
 
@@ -109,10 +110,7 @@ def move_blocks(
         drop_fraction: Share of the slots to move, 0 to 1, or a schedule.
         probed: Whether stored leaves have probes.
     """
-    if not callable(drop_fraction) and not 0 <= drop_fraction <= 1:
-        raise ValueError(
-            f"drop_fraction is the share of stored blocks to move, 0 to 1; got {drop_fraction}."
-        )
+    fraction_at = fraction_schedule(drop_fraction, "stored blocks")
 
     def init(params: Tree) -> BlockState:
         count = jnp.zeros((), jnp.int32)
@@ -130,8 +128,7 @@ def move_blocks(
         del extra
         step = state.count
         due = when(step) & finite
-        fraction = drop_fraction(step) if callable(drop_fraction) else drop_fraction
-        fraction = jnp.asarray(fraction, jnp.float32)
+        fraction = fraction_at(step)
 
         def gathered(growth: jax.Array, slope: Any) -> jax.Array:
             if not _is_stored(slope):

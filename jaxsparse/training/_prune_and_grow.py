@@ -28,6 +28,19 @@ class DynamicState(NamedTuple):
     masks: Tree
 
 
+def fraction_schedule(
+    drop_fraction: float | Schedule, what: str
+) -> Callable[[jax.Array], jax.Array]:
+    """Step -> the share to move, float32; ValueError if a number is outside [0, 1]."""
+    if callable(drop_fraction):
+        return lambda step: jnp.asarray(drop_fraction(step), jnp.float32)
+    if not 0 <= drop_fraction <= 1:
+        raise ValueError(
+            f"drop_fraction is the share of {what} to move, 0 to 1; got {drop_fraction}."
+        )
+    return lambda step: jnp.asarray(drop_fraction, jnp.float32)
+
+
 def prune_and_grow(
     distribution: Callable[[Tree], Plan],
     *,
@@ -41,11 +54,7 @@ def prune_and_grow(
     Every group keeps its count: with k units kept, round(drop * k) leave and as many come in. A
     unit that is dropped may come back in the same update; it then keeps its value and moments.
     """
-    fraction_at = drop_fraction if callable(drop_fraction) else None
-    if fraction_at is None and not 0 <= drop_fraction <= 1:  # type: ignore[operator]
-        raise ValueError(
-            f"drop_fraction is the share of kept weights to move, 0 to 1; got {drop_fraction}."
-        )
+    fraction_at = fraction_schedule(drop_fraction, "kept weights")
 
     def init(params: Tree) -> DynamicState:
         masks = choose(distribution, params, scorer(random, params, {"key": key}))
@@ -57,7 +66,7 @@ def prune_and_grow(
         del extra
         step = state.count
         due = when(step) & finite
-        fraction = jnp.asarray(fraction_at(step) if fraction_at else drop_fraction, jnp.float32)
+        fraction = fraction_at(step)
         plan = distribution(params)
         weights, slopes = jax.tree.leaves(params), jax.tree.leaves(grads)
         masks, treedef = jax.tree.flatten(state.masks)

@@ -10,8 +10,8 @@ def operands(case, seed=0):
     """x [M, K], values [S, bk, bn] with NaN in slots that are not in use, dy [M, N], topology."""
     rng = np.random.default_rng(seed)
     (r, c), (bk, bn) = case.grid, case.block
+    width = round(case.density * r) if case.fan_in else None
     if case.fan_in:
-        width = round(case.density * r)
         rows = np.concatenate([rng.permutation(r)[:width] for _ in range(c)])
         cols = np.repeat(np.arange(c), width)
     else:
@@ -22,9 +22,7 @@ def operands(case, seed=0):
         rows, cols = rows[order], cols[order]
         rows = np.concatenate([rows, np.full(case.spare, r)])
         cols = np.concatenate([cols, np.zeros(case.spare, int)])
-    topology = plan(jnp.asarray(rows), jnp.asarray(cols), case.grid, fan_in=None)
-    if case.fan_in:
-        topology = plan(jnp.asarray(rows), jnp.asarray(cols), case.grid, fan_in=width)
+    topology = plan(jnp.asarray(rows), jnp.asarray(cols), case.grid, fan_in=width)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), case.dtype)  # noqa: E731
     values = normal(len(rows), bk, bn)
     values = jnp.where(topology.used[:, None, None], values, jnp.nan)
