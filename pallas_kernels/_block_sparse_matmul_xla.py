@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels._op import sum_type
 from pallas_kernels._topology import Topology, visits
 
 MOST = 16  # blocks joined in one turn: beyond, products gain nothing and programs grow
@@ -79,17 +80,12 @@ def _add(out: jax.Array, part: jax.Array, begin: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(out, old + part, begin, axis=1)
 
 
-def _wide(dtype: Any) -> Any:
-    """The type of sums: float32 at least."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 @partial(jax.jit, static_argnums=3)
 def matmul(x: jax.Array, values: jax.Array, topology: Topology, transpose: bool) -> jax.Array:
     """X @ W, or x @ W^T with `transpose`; see `block_sparse_matmul`."""
     turns, (r, c) = _turns(topology), topology.grid
     _, bk, bn = values.shape
-    wide = _wide(x.dtype)
+    wide = sum_type(x.dtype)
 
     def forward(t: jax.Array, out: jax.Array) -> jax.Array:
         part = _dot(_joined(x, turns.row[t], bk), _blocks(values, turns, t), (1, 0), wide)
@@ -119,7 +115,7 @@ def gradients(
     """Gradients of x [M, K] and of the values, for y = x @ W, from dy [M, N]."""
     turns = _turns(topology)
     _, bk, bn = values.shape
-    wide = _wide(x.dtype)
+    wide = sum_type(x.dtype)
 
     def body(t: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         dx, dvalues = carry

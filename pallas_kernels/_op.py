@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class KernelOp(NamedTuple):
@@ -28,6 +29,11 @@ class KernelOp(NamedTuple):
     reference: Callable[..., Any]
     implementations: Mapping[str, Any]
     cases: tuple[Any, ...]
+
+
+def sum_type(dtype: Any) -> Any:
+    """The type in which products are summed: float64 for float64, else float32."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def here() -> str:

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._op import sum_type
+
 
 class Probe(NamedTuple):
     """What a weight in blocks needs to be probed; leading axes are stacked weights.
@@ -45,7 +47,7 @@ def _attach_forward(y: jax.Array, x: jax.Array, probe: Probe) -> tuple[jax.Array
 
 def _attach_backward(saved: tuple[jax.Array, Probe], dy: jax.Array) -> tuple:
     x, probe = saved
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = sum_type(x.dtype)
 
     def reduced(a: jax.Array, signs: jax.Array) -> jax.Array:
         tiles = a.reshape(a.shape[0], -1, signs.shape[0])

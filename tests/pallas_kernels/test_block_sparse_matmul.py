@@ -139,3 +139,17 @@ def test_a_block_stored_twice_is_refused():
     multiply = jax.jit(checkify.checkify(block_sparse_matmul, errors=checkify.user_checks))
     x, values = jnp.ones((2, 4)), jnp.ones((4, 2, 2))
     assert "two slots store block 5" in multiply(x, values, twice)[0].get()
+
+
+@pytest.mark.parametrize("fan_in", [True, False])
+def test_bf16_under_strict_promotion(fan_in):
+    case = CASES[0] if fan_in else SMALL
+    x, values, dy, topology = operands(case)
+    x, values, dy = (a.astype(jnp.bfloat16) for a in (x, values, dy))
+    with jax.numpy_dtype_promotion("strict"):
+        y, pull = jax.vjp(lambda x, v: block_sparse_matmul(x, v, topology), x, values)
+        got = y, *pull(dy)
+    _, *want = oracle(x, values, dy, topology)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert_close(a, b, 1e-2)
