@@ -24,12 +24,14 @@ from pallas_kernels._block_sparse_tpu import (
     Config,
     choose_config,
     compiler_params,
+    cost,
     each,
     in_turn,
     padded,
     prefetched,
 )
 from pallas_kernels._compat import tpu
+from pallas_kernels._op import result_like
 from pallas_kernels._topology import Topology
 
 
@@ -176,13 +178,14 @@ def _gradient(
     lists = prefetched(topology, group, cores * strip, transpose=False)
     strips = -(-lists.steps // (cores * strip))
     x, dy = padded(x, bm), padded(dy, bm)
+    size, reads = topology.slots * bk * bn, lists.out.shape[0] // (cores * strip) * cores
 
     def dy_block(core, part, tile, local, slot, source, out, *_):
         return tile, out[(part * cores + core) * strip + local]
 
     return pl.pallas_call(
         _gradient_kernel,
-        out_shape=jax.ShapeDtypeStruct((topology.slots, bk, bn), x.dtype),
+        out_shape=result_like(x, (topology.slots, bk, bn)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=6,
             grid=(cores, strips, x.shape[0] // bm, strip),
@@ -200,6 +203,7 @@ def _gradient(
             ],
         ),
         compiler_params=compiler_params(device, 4),
+        cost_estimate=cost(x.shape[0], size, reads * x.nbytes + dy.nbytes + size * x.itemsize),
         interpret=interpret,
         name="block_sparse_gradient",
     )(*lists[:4], topology.by_col, topology.count[None], x, dy)

@@ -17,6 +17,7 @@ VMEM: see `product_bytes`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,15 +30,19 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels._block_sparse_gradient_tpu import gradient
 from pallas_kernels._block_sparse_tpu import (
     Config,
+    Lists,
     choose_config,
     compiler_params,
+    cost,
     each,
     in_turn,
     padded,
     prefetched,
     supports,
+    when,
 )
 from pallas_kernels._compat import tpu
+from pallas_kernels._op import finish, result_like
 from pallas_kernels._topology import Topology
 
 
@@ -47,17 +52,24 @@ def _product_kernel(
     out,  # SMEM [steps]
     count,  # SMEM [steps]
     x_hbm,  # HBM [M, depth]
-    values_hbm,  # HBM [S, bk, bn]
-    y_ref,  # VMEM [bm, outer]
-    panels,  # VMEM [2, bm, depth]
-    blocks,  # VMEM [2, group, bk, bn]
-    sums,  # VMEM [bm, outer] float32
-    panel_here,  # DMA semaphores [2]
-    blocks_here,  # DMA semaphores [2]
-    *,
+    *refs,  # see below
     transpose: bool,
     merge: bool,
+    weights: int,
+    biased: bool,
+    activation: Any,
 ):
+    values_hbm = refs[:weights]  # each HBM [S, bk, bn]
+    bias_ref = refs[weights] if biased else None  # VMEM [1, outer]
+    (
+        y_ref,  # VMEM [bm, outer]
+        panels,  # VMEM [2, bm, depth]
+        blocks,  # VMEM [2, group, bk, bn]
+        sums,  # VMEM [bm, outer] float32
+        panel_here,  # DMA semaphores [2]
+        blocks_here,  # DMA semaphores [2]
+        *held,  # VMEM [bm, outer] float32, of a gated product
+    ) = refs[weights + biased :]
     core, panel, step = (pl.program_id(axis) for axis in range(3))
     panels_here, steps = pl.num_programs(1), pl.num_programs(2)
     bm = panels.shape[1]
@@ -72,11 +84,13 @@ def _product_kernel(
         return pltpu.make_async_copy(x_hbm.at[rows], panels.at[to], panel_here.at[to])
 
     def fetch(at, to):
-        def start(member):
-            block = values_hbm.at[slot[at * group + member]]
+        def start(values, member):
+            block = values.at[slot[at * group + member]]
             pltpu.make_async_copy(block, blocks.at[to, member], blocks_here.at[to]).start()
 
-        each(count[at], group, start)
+        for which, values in enumerate(values_hbm):
+            mine = weights == 1 or lax.rem(out[at], weights) == which
+            when(mine, lambda values=values: each(count[at], group, partial(start, values)))
 
     @pl.when((panel == 0) & (step == 0))
     def _():
@@ -103,6 +117,9 @@ def _product_kernel(
         begin = pl.multiple_of(source[step * group + member] * inner, inner)
         return panels[resident, :, pl.ds(begin, inner)]
 
+    def block(member):
+        return blocks[use, member].astype(panels.dtype)
+
     def multiply(a, b):
         dims = (((1,), (contracted,)), ((), ()))
         return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
@@ -114,11 +131,11 @@ def _product_kernel(
         total = jnp.where(first, 0.0, sums[...])
         if merge:
             wide = jnp.concatenate([columns(member) for member in range(group)], 1)
-            deep = jnp.concatenate([blocks[use, member] for member in range(group)], contracted)
+            deep = jnp.concatenate([block(member) for member in range(group)], contracted)
             total += multiply(wide, deep)
         else:
             for member in range(group):
-                total += multiply(columns(member), blocks[use, member])
+                total += multiply(columns(member), block(member))
         sums[...] = total
 
     @pl.when(n < group)
@@ -128,24 +145,55 @@ def _product_kernel(
             sums[...] = jnp.zeros_like(sums)
 
         def wait(member, _):
-            block = blocks.at[use, member]
-            pltpu.make_async_copy(block, block, blocks_here.at[use]).wait()
+            here = blocks.at[use, member]
+            pltpu.make_async_copy(here, here, blocks_here.at[use]).wait()
 
         def add(member, _):
-            sums[...] += multiply(columns(member), blocks[use, member])
+            sums[...] += multiply(columns(member), block(member))
 
         lax.fori_loop(0, n, wait, None)
         lax.fori_loop(0, n, add, None)
 
     @pl.when(last_step | (out[jnp.minimum(step + 1, steps - 1)] != here))
     def _():
-        y_ref[...] = sums[...].astype(y_ref.dtype)
+        if weights == 1:
+            bias = None if bias_ref is None else bias_ref[...]
+            y_ref[...] = finish(sums[...], bias, activation).astype(y_ref.dtype)
+            return
+
+        @pl.when(lax.rem(here, weights) == 0)
+        def _():
+            held[0][...] = activation(sums[...])
+
+        @pl.when(lax.rem(here, weights) == 1)
+        def _():
+            y_ref[...] = (held[0][...] * sums[...]).astype(y_ref.dtype)
 
 
-def _check(values: jax.Array) -> None:
-    reason = supports(values.dtype, *values.shape[1:])
-    if reason:
-        raise NotImplementedError(f"block_sparse_matmul: {reason}. Take implementation='xla'.")
+def check(name: str, x: jax.Array, *weights: jax.Array) -> None:
+    """Raise NotImplementedError for what `supports` refuses."""
+    for values in weights:
+        bk, bn = values.shape[-2:]
+        reason = supports(x.dtype, bk, bn, values.dtype)
+        if reason:
+            raise NotImplementedError(f"{name}: {reason}. Take implementation='xla'.")
+
+
+def stacked(product: Callable[..., jax.Array], x: jax.Array, *weight: Any) -> jax.Array:
+    """`product(x, *weight)`, which under vmap over x alone is one product of more rows."""
+
+    @jax.custom_batching.custom_vmap
+    def run(x: jax.Array, weight: Any) -> jax.Array:
+        return product(x, *weight)
+
+    @run.def_vmap
+    def _(size: int, batched: Any, x: jax.Array, weight: Any):
+        if any(jax.tree.leaves(batched[1])):
+            return in_turn(run, batched, x, weight), True
+        y = run(x.reshape(-1, x.shape[-1]), weight)
+        return y.reshape(*x.shape[:2], -1), True
+
+    return run(x, weight)
 
 
 def matmul(
@@ -154,69 +202,117 @@ def matmul(
     topology: Topology,
     transpose: bool,
     *,
+    bias: jax.Array | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
     config: Config | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """X @ W, or x @ W^T with `transpose`; see `block_sparse_matmul`."""
-    _check(values)
+    check("block_sparse_matmul", x, values)
 
-    @jax.custom_batching.custom_vmap
-    def run(x: jax.Array, values: jax.Array, topology: Topology) -> jax.Array:
-        return _product(x, values, topology, transpose, config, interpret)
+    def product(
+        x: jax.Array, values: jax.Array, topology: Topology, bias: jax.Array | None
+    ) -> jax.Array:
+        (m, depth), (_, bk, bn) = x.shape, values.shape
+        block = (bn, bk) if transpose else (bk, bn)
+        outs = topology.grid[0 if transpose else 1]
+        chosen = config or choose_config(m, depth, outs, block, topology.slots, x.dtype, tpu())
+        lists = prefetched(topology, chosen.group, 1, transpose=transpose)
+        return launch(
+            x,
+            (values,),
+            lists,
+            outs,
+            chosen,
+            transpose=transpose,
+            bias=bias,
+            activation=activation,
+            interpret=interpret,
+        )
 
-    @run.def_vmap
-    def _(size: int, batched: Any, x: jax.Array, values: jax.Array, topology: Topology):
-        if any(jax.tree.leaves(batched[1:])):
-            return in_turn(run, batched, x, values, topology), True
-        y = run(x.reshape(-1, x.shape[-1]), values, topology)  # one weight: more rows
-        return y.reshape(*x.shape[:2], -1), True
-
-    return run(x, values, topology)
+    return stacked(product, x, values, topology, bias)
 
 
-def _product(
+def launch(
     x: jax.Array,
-    values: jax.Array,
-    topology: Topology,
-    transpose: bool,
-    config: Config | None,
+    weights: tuple[jax.Array, ...],
+    lists: Lists,
+    outs: int,
+    config: Config,
+    *,
+    transpose: bool = False,
+    bias: jax.Array | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
     interpret: Any,
 ) -> jax.Array:
+    """The product of x [M, depth] with one weight, or the gated product with two.
+
+    Args:
+        x: Any number of rows.
+        weights: Values of the weight, or of the gate and of the other factor.
+        lists: Visits; of two weights, output block c of the gate counts as 2 c, of the other
+            as 2 c + 1.
+        outs: Output blocks of y.
+        config: Tiles.
+        transpose: For x @ W^T.
+        bias: [N], of a single weight.
+        activation: Of the sums of a single weight, or of those of the gate.
+        interpret: See `pallas_call`.
+    """
     device = tpu()
-    (m, depth), (_, bk, bn) = x.shape, values.shape
-    inner, outer = (bn, bk) if transpose else (bk, bn)
-    outs = topology.grid[0 if transpose else 1]
-    chosen = config or choose_config(
-        m, depth, outs, (inner, outer), topology.slots, x.dtype, device
-    )
-    bm, group, cores = chosen.bm, chosen.group, chosen.cores
-    lists = prefetched(topology, group, 1, transpose=transpose)
+    (m, depth), (_, bk, bn), dtype = x.shape, weights[0].shape, weights[0].dtype
+    outer = bk if transpose else bn
+    bm, group, cores = config.bm, config.group, config.cores
     x = padded(x, bm * cores)
     panels = x.shape[0] // (bm * cores)
+    biases = [] if bias is None else [bias[None]]
+    held = [pltpu.VMEM((bm, outer), jnp.float32)] * (len(weights) - 1)
+
+    def bias_block(core, panel, step, slot, source, out, count):
+        return 0, out[step]
 
     def y_block(core, panel, step, slot, source, out, count):
-        return core * panels + panel, out[step]
+        line = out[step]
+        return core * panels + panel, line if len(weights) == 1 else lax.div(line, len(weights))
 
     y = pl.pallas_call(
-        partial(_product_kernel, transpose=transpose, merge=chosen.merge),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], outs * outer), x.dtype),
+        partial(
+            _product_kernel,
+            transpose=transpose,
+            merge=config.merge,
+            weights=len(weights),
+            biased=bias is not None,
+            activation=activation,
+        ),
+        out_shape=result_like(x, (x.shape[0], outs * outer)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(cores, panels, lists.steps),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
+            in_specs=[
+                *[pl.BlockSpec(memory_space=pl.ANY)] * (1 + len(weights)),
+                *[pl.BlockSpec((1, outer), bias_block) for _ in biases],
+            ],
             out_specs=pl.BlockSpec((bm, outer), y_block),
             scratch_shapes=[
                 pltpu.VMEM((2, bm, depth), x.dtype),
-                pltpu.VMEM((2, group, bk, bn), values.dtype),
+                pltpu.VMEM((2, group, bk, bn), dtype),
                 pltpu.VMEM((bm, outer), jnp.float32),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA((2,)),
+                *held,
             ],
         ),
         compiler_params=compiler_params(device, 3),
+        cost_estimate=cost(
+            x.shape[0],
+            sum(values.size for values in weights),
+            x.nbytes
+            + panels * cores * sum(values.nbytes for values in weights)
+            + x.shape[0] * outs * outer * x.itemsize,
+        ),
         interpret=interpret,
-        name="block_sparse_matmul",
-    )(*lists[:4], x, values)
+        name="block_sparse_matmul" if len(weights) == 1 else "block_sparse_gated",
+    )(*lists[:4], x, *weights, *biases)
     return y[:m]
 
 
@@ -235,4 +331,5 @@ def gradients(
     """
     dx = matmul(dy, values, topology, True, interpret=interpret)
     _, bk, bn = values.shape
-    return dx, gradient(x, dy, topology, (bk, bn), config=config, interpret=interpret)
+    dvalues = gradient(x, dy, topology, (bk, bn), config=config, interpret=interpret)
+    return dx, dvalues.astype(values.dtype)

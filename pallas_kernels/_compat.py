@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 
@@ -15,11 +19,13 @@ class Tpu:
         vmem: Bytes of VMEM of a core.
         mxu: Side of the matrix unit: 128, or 256 from v6e on.
         cores: TensorCores of a device; 2 where they share the work of one kernel.
+        name: Of the file in `tuned/`, such as "tpu_v5e"; "" for a device that is not known.
     """
 
     vmem: int = 64 * 2**20
     mxu: int = 256
     cores: int = 1
+    name: str = ""
 
 
 def tpu() -> Tpu:
@@ -30,7 +36,8 @@ def tpu() -> Tpu:
         info = pltpu.get_tpu_info()
     except ValueError:  # JAX is older than the device
         return Tpu()
-    return Tpu(info.vmem_capacity_bytes, info.mxu_column_size, info.num_cores)
+    name = f"tpu_{info.chip_version}"
+    return Tpu(info.vmem_capacity_bytes, info.mxu_column_size, info.num_cores, name)
 
 
 def races_found() -> bool:
@@ -42,3 +49,53 @@ def races_found() -> bool:
 
     races = interpret_pallas_call.races
     return races is not None and bool(races.races_found)
+
+
+def gpu_races_found() -> bool:
+    """Whether the last kernel in GPU interpret mode raced; see `races_found`."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+    races = interpret_pallas_call.get_races()
+    return races is not None and bool(races.races_found)
+
+
+def streaming_multiprocessors() -> int:
+    """SMs of the GPU that traced code will run on; 132, those of an H100 or H200, without one."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None and described.platform == "gpu":
+        return described.num_cores
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else 132
+
+
+def gpu_row(row: Any) -> jax.Array:
+    """Entries of a reference in global memory, ready to be added to each row of wgmma sums."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    # JAX 0.10 takes an index, 0.12 takes none.
+    index: Any = () if jax.__version_info__ >= (0, 11) else ((),)
+    return plgpu.load(row, *index, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+
+
+# What Mosaic GPU lowers entry by entry. erf, expm1, log1p and others are not among it.
+_GPU_OPERATIONS = set(
+    "abs add convert_element_type cos div eq exp exp2 ge gt integer_pow jit le log logistic lt max "
+    "min mul ne neg pjit rsqrt select_n sign sin square sub tanh".split()
+)
+if jax.__version_info__ >= (0, 12):
+    _GPU_OPERATIONS |= {"custom_jvp_call", "sqrt"}
+
+
+def runs_in_gpu_kernel(function: Callable[[jax.Array], jax.Array]) -> bool:
+    """Whether Mosaic GPU has every operation of a function of float32 entries."""
+
+    def operations(jaxpr: Any) -> Iterator[str]:
+        for equation in jaxpr.eqns:
+            yield equation.primitive.name
+            for inner in jax.tree.leaves(list(equation.params.values())):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from operations(inner)
+
+    closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct((64, 64), jnp.float32))
+    return not closed.consts and _GPU_OPERATIONS.issuperset(operations(closed.jaxpr))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 class KernelOp(NamedTuple):
@@ -34,6 +35,14 @@ class KernelOp(NamedTuple):
 def sum_type(dtype: Any) -> Any:
     """The type in which products are summed: float64 for float64, else float32."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def finish(
+    sums: jax.Array, bias: jax.Array | None, activation: Callable[[jax.Array], jax.Array] | None
+) -> jax.Array:
+    """activation(sums + bias) in the type of the sums; either may be None."""
+    sums = sums if bias is None else sums + bias.astype(sums.dtype)
+    return sums if activation is None else activation(sums)
 
 
 def here() -> str:
@@ -64,3 +73,30 @@ def choose(name: str, implementations: Mapping[str, Any], implementation: str | 
             f"{jax.devices()[0].device_kind}. Leave implementation out, or take 'xla'."
         )
     return implementation
+
+
+def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays, each varying over every mesh axis over which one of them does.
+
+    Inside `jax.shard_map` an array is typed by the axes over which devices hold different values.
+    The carry of a loop must begin with the type it ends with, and a `custom_vjp` returns gradients
+    of the types of its arguments; the transpose of this cast sums them over the devices.
+    """
+    axes = frozenset[Any]().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+
+    def cast(a: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - jax.typeof(a).manual_axis_type.varying))
+        return lax.pcast(a, missing, to="varying") if missing else a
+
+    return tuple(map(cast, arrays))
+
+
+def sum_to(a: jax.Array, like: jax.Array) -> jax.Array:
+    """The sum of `a` over the mesh axes over which `a` varies and `like` does not."""
+    axes = jax.typeof(a).manual_axis_type.varying - jax.typeof(like).manual_axis_type.varying
+    return lax.psum(a, tuple(sorted(axes))) if axes else a
+
+
+def result_like(x: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """What a kernel returns: of the dtype of x, varying over the mesh axes over which x does."""
+    return jax.ShapeDtypeStruct(shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type)

@@ -207,16 +207,32 @@ def visits(topology: Topology, group: int, *, transpose: bool = False) -> Visits
         if transpose
         else (topology.col_start, topology.by_col, topology.rows)
     )
-    outs, slots = start.shape[0] - 1, order.shape[0]
-    counts = start[1:] - start[:-1]
+    return visits_of_lines(
+        start[:-1], start[1:], order, source, topology.grid[1 if transpose else 0], group
+    )
+
+
+def visits_of_lines(
+    begin: jax.Array,
+    end: jax.Array,
+    order: jax.Array,
+    source: jax.Array,
+    contracted: int,
+    group: int,
+) -> Visits:
+    """Visit lists for output blocks o that have the slots order[begin[o]] to order[end[o] - 1].
+
+    `source` [S] is the block index of a slot along the contracted axis, of `contracted` blocks.
+    """
+    outs, slots = begin.shape[0], order.shape[0]
+    counts = end - begin
     ends = jnp.cumsum(jnp.maximum(1, -(-counts // group)))
     step = jnp.arange(slots // group + outs, dtype=jnp.int32)
     out = jnp.minimum(jnp.searchsorted(ends, step, side="right"), outs - 1).astype(jnp.int32)
     first = jnp.where(out > 0, ends[out - 1], 0)
-    entry = start[out] + (step - first) * group
+    entry = begin[out] + (step - first) * group
     entry = entry[:, None] + jnp.arange(group, dtype=jnp.int32)
-    live = (entry < start[out + 1][:, None]) & (step < ends[-1])[:, None]
+    live = (entry < end[out][:, None]) & (step < ends[-1])[:, None]
     slot = order[jnp.clip(entry, 0, slots - 1)]
-    contracted = topology.grid[1 if transpose else 0]
     source = jnp.minimum(source[slot], contracted - 1)
     return Visits(slot, source, live, out, ends[-1].astype(jnp.int32))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import _block_sparse_gated_tpu as gated_kernels
 from pallas_kernels import _block_sparse_matmul_tpu as kernels
 from pallas_kernels import _block_sparse_tpu as tiles
 from pallas_kernels import plan
@@ -87,3 +88,36 @@ def test_lists_as_long_as_scalar_memory():
     operands = structs(256, 32768, 32768, 128, 256, jnp.bfloat16)
     compile_for("v6e:2x2", forward, *operands)
     compile_for("v6e:2x2", dw, *operands)
+
+
+def gated(x, gate, up):
+    return gated_kernels.forward(x, gate, up, jax.nn.silu)
+
+
+@pytest.mark.parametrize("block", [128, 256])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_gated_product(topology, block):
+    live, size = K // block // 8, (block, block)
+    x, _, values, places = structs(M, K, N, block, live, jnp.bfloat16)
+    others, other = structs(M, K, N, block, max(1, live // 2), jnp.bfloat16, fan_in=False)[2:]
+    with scope(topology):
+        here = tpu()
+    slots = values.shape[0] + others.shape[0]
+    config = tiles.choose_config(M, K, 2 * N // block, size, slots, jnp.bfloat16, here, weights=2)
+    said = tiles.product_bytes(config.bm, config.group, K, *size, 2, weights=2)
+    used = vmem(compile_for(topology, gated, x, (values, places), (others, other)))
+    assert said / 2 < used <= said * 1.05 <= tiles.vmem_limit(here)
+
+
+@pytest.mark.parametrize("stored", [jnp.bfloat16, jnp.float8_e4m3fn, jnp.float8_e5m2])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_bias_activation_and_eight_bit_values(topology, stored):
+    x, dy, values, places = structs(1000, 512, 1024, 128, 2, jnp.bfloat16, fan_in=False)
+    values = jax.ShapeDtypeStruct(values.shape, stored)
+    bias = jax.ShapeDtypeStruct((1024,), jnp.float32)
+
+    def run(x, dy, values, places, bias):
+        y = kernels.matmul(x, values, places, False, bias=bias, activation=jax.nn.gelu)
+        return y, kernels.gradients(x, dy, values, places), gated(x, *[(values, places)] * 2)
+
+    compile_for(topology, run, x, dy, values, places, bias)
