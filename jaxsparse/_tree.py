@@ -110,6 +110,16 @@ def in_auto_mode(
         return jax.sharding.auto_axes(fn, out_sharding=out)(like, *args)
 
 
+def in_auto_mode_as(out: Tree, fn: Callable[..., Any], *args: Any) -> Any:
+    """`fn(*args)`, whose results are sharded as the leaves of `out`, as in `in_auto_mode`."""
+    shardings = jax.tree.map(lambda a: jax.typeof(a).sharding, out)
+    meshes = [s.mesh for s in jax.tree.leaves(shardings) if AxisType.Explicit in s.mesh.axis_types]
+    if not meshes:
+        return fn(*args)
+    with jax.sharding.use_abstract_mesh(meshes[0]):
+        return jax.sharding.auto_axes(fn, out_sharding=shardings)(*args)
+
+
 def with_type_of(x: Any, aval: jax.ShapeDtypeStruct) -> Any:
     """`x` with the dtype of `aval` and, on a mesh with explicit axes, its sharding."""
     if dtype_of(x) != aval.dtype:

@@ -39,7 +39,7 @@ SEES = {
     **dict.fromkeys("select schedules activations dictionary pallas_kernels _tree".split(), ""),
 }
 ANY_ROOM = ("_report", "checkpoint", "testing", "jaxsparse")  # the last: jaxsparse/__init__.py
-PART_OF = {"allocators": "plans"}  # one room in two files
+PART_OF = {"allocators": "plans", "_report_table": "_report"}  # one room in two files
 LEAF = "_tree"  # every room of jaxsparse may import it
 THIRD_PARTY = {"jaxsparse": {"jax", "numpy", "optax"}, "pallas_kernels": {"jax"}}
 THIRD_PARTY_OF_ROOM = {"nn": {"flax"}, "checkpoint": {"orbax", "etils"}}  # etils: orbax's paths

@@ -13,16 +13,20 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxsparse import select
+from jaxsparse.formats._break_even import goes_dense
 from jaxsparse.formats._probe import Probe, attach
 from jaxsparse.formats._protocol import multiply_slices
+from jaxsparse.formats._sharded import multiply_rows
+from jaxsparse.formats._tiles import block_map_of, grid_of, take, tiles_of
 from jaxsparse.patterns import kept_units
-from pallas_kernels import Topology, block_sparse_matmul, plan, todense
+from pallas_kernels import Topology, block_sparse_matmul, check_topology, plan, todense
+from pallas_kernels._block_sparse_matmul import product_type
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "topology", "probe"],
-    meta_fields=["transposed"],
+    meta_fields=["transposed", "dense_above"],
 )
 @dataclasses.dataclass(frozen=True)
 class BlockSparse:
@@ -36,6 +40,10 @@ class BlockSparse:
         topology: Where each slot stands, and the orders in which kernels visit slots.
         probe: If given, the backward pass of `x @ w` also measures the gradient of every block.
         transposed: Static; stands for W^T.
+        dense_above: Static; density (slots over all blocks) above which `x @ w` makes the dense
+            weight and multiplies with it, which takes the memory of it. None: the density measured
+            on this kind of device for blocks of this size (`jaxsparse/break_even.json`), and never
+            where nobody has measured it; 1: never. Logged once (logger "jaxsparse").
 
     Example:
         >>> import jax.numpy as jnp, jaxsparse as jsp
@@ -50,6 +58,7 @@ class BlockSparse:
     topology: Topology
     probe: Probe | None = None
     transposed: bool = False
+    dense_above: float | None = None
 
     __array_ufunc__ = None  # numpy_array @ w calls __rmatmul__
 
@@ -92,13 +101,58 @@ class BlockSparse:
         """`x @ w`: `[..., K]` -> `[..., N]`; leading axes of a stack must lead in x too."""
 
         def multiply(w: BlockSparse, x: jax.Array) -> jax.Array:
-            y = block_sparse_matmul(x, w.values, w.topology, transpose=w.transposed)
-            if w.probe is None or w.transposed:
+            if goes_dense(w.block, w.topology.slots, w.topology.grid, w.dense_above):
+                if isinstance(w.topology.rows, Tracer):
+                    check_topology(w.topology)  # for checkify, as block_sparse_matmul does
+                dtype = product_type(x, w.values)
+                y = x.astype(dtype) @ w.todense().astype(dtype)
+            else:
+                y = block_sparse_matmul(x, w.values, w.topology, transpose=w.transposed)
+            if w.probe is None:
                 return y
-            rows = attach(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), w.probe)
+            flat = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+            rows: jax.Array = attach(w.transposed, *flat, w.probe)
             return rows.reshape(y.shape)
 
-        return multiply_slices(multiply, self, x, self.values.shape[:-3])
+        def slices(w: BlockSparse, x: jax.Array) -> jax.Array:
+            return multiply_slices(multiply, w, x, w.values.shape[:-3])
+
+        return multiply_rows(slices, self, x)
+
+    def shard(self, shards: int) -> BlockSparse:
+        """The weight as a stack `[..., shards]` of its block columns, for `jsp.column_parallel`.
+
+        Nothing moves: column c has its slots in order, so that each shard is a run of them.
+
+        Args:
+            shards: How many; they divide the block columns.
+
+        Returns:
+            Values `[..., shards, S/shards, bk, bn]`, and a topology of the columns of each shard.
+            Of a weight that is transposed, the shards are row panels, for `jsp.row_parallel`.
+
+        Raises:
+            ValueError: If the columns do not divide, or do not all store as many blocks.
+
+        Example:
+            >>> import jax.numpy as jnp, jaxsparse as jsp
+            >>> w = jsp.BlockSparse.from_rows(jnp.eye(4), (2, 2), jnp.array([[0], [1]])).shard(2)
+            >>> w.shape, w.values.shape
+            ((4, 2), (2, 1, 2, 2))
+        """
+        (r, c), fan_in = self.topology.grid, self.topology.fan_in
+        if fan_in is None or self.probe is not None or shards < 1 or c % shards:
+            raise ValueError(
+                f"shard({shards}) needs a weight with as many blocks in every column (fan_in), "
+                f"without a probe, of a multiple of {shards} block columns; got fan_in={fan_in} "
+                f"and {c} columns. Make it with from_rows or random, and add probes to the shards."
+            )
+        shape = (*self.values.shape[:-3], shards, c // shards * fan_in)
+        rows = self.topology.rows.reshape(shape)
+        cols = jnp.broadcast_to(jnp.repeat(jnp.arange(c // shards), fan_in), shape)
+        topology = plan(rows, cols, (r, c // shards), fan_in=fan_in)
+        values = self.values.reshape(*shape, *self.block)
+        return dataclasses.replace(self, values=values, topology=topology)
 
     @classmethod
     def from_dense(
@@ -134,8 +188,8 @@ class BlockSparse:
             Array([1., 1., 0., 0.], dtype=float32)
         """
         w = jnp.asarray(w)
-        grid, tiles = _tiles(w, block)
-        chosen = _block_map(tiles, w.shape, block, grid, mask)
+        grid, tiles = tiles_of(w, block)
+        chosen = block_map_of(tiles, w.shape, block, grid, mask)
         known = not isinstance(chosen, Tracer)
         fan_in = None
         if known:
@@ -164,7 +218,7 @@ class BlockSparse:
             place = jax.vmap(place)
         at = place(chosen)
         rows, cols = jnp.where(at < r * c, at % r, r), jnp.minimum(at // r, c - 1)
-        return cls(_take(tiles, rows, cols), plan(rows, cols, grid, fan_in=fan_in))
+        return cls(take(tiles, rows, cols), plan(rows, cols, grid, fan_in=fan_in))
 
     @classmethod
     def from_rows(cls, w: jax.Array, block: tuple[int, int], rows: jax.Array) -> BlockSparse:
@@ -181,11 +235,11 @@ class BlockSparse:
             >>> bool((w.todense() == jnp.eye(4)).all())
             True
         """
-        grid, tiles = _tiles(jnp.asarray(w), block)
+        grid, tiles = tiles_of(jnp.asarray(w), block)
         *lead, c, fan_in = rows.shape
         cols = jnp.broadcast_to(jnp.arange(c, dtype=jnp.int32)[:, None], rows.shape)
         rows, cols = (a.reshape(*lead, c * fan_in) for a in (rows, cols))
-        return cls(_take(tiles, rows, cols), plan(rows, cols, grid, fan_in=fan_in))
+        return cls(take(tiles, rows, cols), plan(rows, cols, grid, fan_in=fan_in))
 
     @classmethod
     def random(
@@ -224,7 +278,7 @@ class BlockSparse:
         References: Evci et al., Gradient flow in sparse neural networks, 2022, arXiv:2010.03533.
         """
         *lead, k, n = shape
-        (r, c), bk = _grid(shape, block), block[0]
+        (r, c), bk = grid_of(shape, block), block[0]
         if not 0 < density <= 1:
             raise ValueError(f"density is the share of blocks stored, in (0, 1]; got {density}.")
         fan_in = max(1, int(kept_units(density, r)))
@@ -251,62 +305,3 @@ def best_rows(scores: jax.Array, density: float) -> jax.Array:
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)  # so that each column keeps its count
     keep = select.keep_top(scores, fan_in, (-2,)).swapaxes(-1, -2)
     return jnp.argsort(~keep, axis=-1, stable=True)[..., :fan_in].astype(jnp.int32)
-
-
-def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
-    if len(shape) < 2 or shape[-2] % block[0] or shape[-1] % block[1]:
-        raise ValueError(
-            f"blocks of {tuple(block)} do not divide a weight of shape {tuple(shape)}: its last "
-            "two axes must be multiples of the block. Pad it, or choose another block."
-        )
-    return shape[-2] // block[0], shape[-1] // block[1]
-
-
-def _tiles(w: jax.Array, block: tuple[int, int]) -> tuple[tuple[int, int], jax.Array]:
-    """The grid (R, C), and `[..., R, C, bk, bn]`."""
-    r, c = _grid(w.shape, block)
-    tiles = w.reshape(*w.shape[:-2], r, block[0], c, block[1]).swapaxes(-3, -2)
-    return (r, c), tiles
-
-
-def _take(tiles: jax.Array, rows: jax.Array, cols: jax.Array) -> jax.Array:
-    """The tiles `[..., R, C, bk, bn]` at `[..., S]` places; zero where there is none."""
-
-    def one(tiles: jax.Array, rows: jax.Array, cols: jax.Array) -> jax.Array:
-        return tiles.at[rows, cols].get(mode="fill", fill_value=0)
-
-    for _ in rows.shape[:-1]:
-        one = jax.vmap(one)
-    return one(tiles, rows, cols)
-
-
-def _block_map(
-    tiles: jax.Array,
-    shape: tuple[int, ...],
-    block: tuple[int, int],
-    grid: tuple[int, int],
-    mask: Any,
-) -> jax.Array:
-    """Bool `[..., R, C]`: the blocks to store."""
-    if mask is None:
-        return jnp.any(tiles != 0, (-2, -1))
-    mask = jnp.asarray(mask)
-    lead = shape[:-2]
-    if mask.dtype != jnp.bool_ or mask.shape not in ((*lead, *grid), shape):
-        raise ValueError(
-            f"mask must be bool, of the weight {shape} or a block map {(*lead, *grid)}; got "
-            f"{mask.dtype} {mask.shape}."
-        )
-    if mask.shape == (*lead, *grid):
-        return mask
-    inside = _tiles(mask, block)[1]
-    some = jnp.any(inside, (-2, -1))
-    differs = some != jnp.all(inside, (-2, -1))
-    if not isinstance(differs, Tracer) and bool(jnp.any(differs)):
-        *_, row, column = (int(i[0]) for i in np.nonzero(np.asarray(differs)))
-        raise ValueError(
-            f"the mask differs within the block at block row {row}, block column {column}, so the "
-            f"block {tuple(block)} cannot be stored or left out whole. Make masks with "
-            f"Block({tuple(block)}), or give a block map."
-        )
-    return some

@@ -27,6 +27,8 @@ class SparseLinear(nnx.Module):
         values: `nnx.Param` `[S, bk, bn]`.
         blocks: `Blocks`, the `Topology`.
         bias: `nnx.Param` `[out]`, or None.
+        dense_above: Density above which the dense weight is made for each product, as for
+            `BlockSparse`: None follows what was measured on the device, 1 never does so.
 
     Example:
         >>> import jax.numpy as jnp, jaxsparse as jsp
@@ -46,6 +48,7 @@ class SparseLinear(nnx.Module):
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
+        dense_above: float | None = None,
         rngs: nnx.Rngs,
     ):
         """Random blocks with values of variance 1 / (stored inputs of an output), bias zero.
@@ -58,6 +61,8 @@ class SparseLinear(nnx.Module):
             use_bias: Whether to add a bias.
             dtype: Of the computation; that of x and the values if not given.
             param_dtype: Of values and bias.
+            dense_above: Density above which the dense weight is made for each product; by device
+                and block if not given.
             rngs: Random streams; `params` is used.
         """
         weight = BlockSparse.random(
@@ -71,6 +76,7 @@ class SparseLinear(nnx.Module):
         self.blocks = Blocks(weight.topology)
         self.bias = nnx.Param(jnp.zeros(out_features, param_dtype)) if use_bias else None
         self.dtype = dtype
+        self.dense_above = dense_above
 
     @classmethod
     def from_linear(
@@ -107,7 +113,8 @@ class SparseLinear(nnx.Module):
     @property
     def weight(self) -> BlockSparse:
         """The weight, for `x @ layer.weight`, `todense()` and the like."""
-        return BlockSparse(self.values.get_value(), self.blocks.get_value())
+        values, topology = self.values.get_value(), self.blocks.get_value()
+        return BlockSparse(values, topology, dense_above=self.dense_above)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., K]` -> `[..., N]`."""

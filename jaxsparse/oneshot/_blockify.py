@@ -20,6 +20,8 @@ def blockify(
     params: Tree,
     distribution: Callable[[Tree], Plan],
     score: ScoreFn = magnitude,
+    *,
+    density: float | None = None,
     **evidence: Any,
 ) -> tuple[Tree, Tree]:
     """Store planned weights as blocks: the best `density * K/bk` of every block column.
@@ -33,6 +35,8 @@ def blockify(
         distribution: Parameters -> `Plan`, whose pruned leaves have the pattern `Block`, e.g.
             `uniform(0.9, Block((64, 64)))`.
         score: Leaf -> scores of weights; a block scores their sum.
+        density: Share of the blocks to store of every planned leaf, in (0, 1], if not what is
+            planned: how dense `block_gradual` begins.
         **evidence: What the score asks for, as in `prune`.
 
     Returns:
@@ -53,6 +57,8 @@ def blockify(
 
     Cost: one selection a leaf.
     """
+    if density is not None and not 0 < density <= 1:
+        raise ValueError(f"density is the share of blocks to store, in (0, 1]; got {density}.")
     plan = distribution(params)
     if getattr(distribution, "allocate", None) is not None:
         raise ValueError(
@@ -72,7 +78,8 @@ def blockify(
                 f"{path} is planned with {leaf.pattern}, which cannot be stored as blocks. Plan it "
                 "with Block((bk, bn)), or exclude it with where=."
             )
-        rows = best_rows(leaf.pattern.gather(score_of(i)), leaf.density)
+        share = leaf.density if density is None else density
+        rows = best_rows(leaf.pattern.gather(score_of(i)), share)
         stored = BlockSparse.from_rows(w, leaf.pattern.shape, rows)
         values.append(stored.values)
         topologies.append(stored.topology)

@@ -8,6 +8,7 @@ import jax
 
 from jaxsparse.schedules import Schedule, When
 from jaxsparse.training._move_blocks import move_blocks
+from jaxsparse.training._probes import ProbeOf, sketch_probe
 from jaxsparse.training._updater import MaskUpdater
 
 
@@ -17,19 +18,24 @@ def block_rigl(
     key: jax.Array,
     when: When,
     drop_fraction: float | Schedule = 0.3,
+    probe: ProbeOf = sketch_probe(),
 ) -> MaskUpdater:
     """Dynamic sparse training on stored blocks that grows where the gradient is large.
 
     At each update the blocks of smallest norm leave, `drop_fraction` of every leaf, and as many
     come into the same block columns: those of largest gradient norm since the last update. The
-    norm of the gradient of blocks that are not stored is measured by probes, one number a block and
-    step; neither a dense weight nor a dense gradient is ever made.
+    norm of the gradient of blocks that are not stored is measured by probes, one number a block;
+    neither a dense weight nor the dense gradient of all layers is ever kept.
 
     Args:
         blocks: Second result of `blockify`.
-        key: Random key of the signs of the probes.
+        key: Random key of the probes.
         when: Step -> whether to update, e.g. `every(100, stop=0.75 * steps)`.
         drop_fraction: Share of the stored blocks to move, 0 to 1: a number or a schedule.
+
+        probe: How the norms are measured: `sketch_probe()`, a little at every step;
+            `exact_probe()`, at the steps of updates alone; `candidate_probe(n)`, there and of n
+            blocks a column that are not stored.
 
     Returns:
         A `MaskUpdater` for the parameters `add_probes(values, blocks)`; compute the loss with its
@@ -49,12 +55,12 @@ def block_rigl(
         >>> jax.grad(loss)(params)[0].probe.shape
         (4, 4)
 
-    Cost: a step, one pass over x and dy of each layer and 1 / (bk * bn) of the FLOPs of a dense
-    gradient; the probe and its moments, one entry a block; an update, two selections over blocks.
+    Cost: that of the probe; the probe and its moments, one entry a block; an update, two selections
+    over blocks.
 
-    Deviations: blocks for weights; the same number of blocks in every column; the mean square of
-    the gradient of all steps since the last update instead of one batch's.
+    Deviations: blocks for weights; the same number of blocks in every column; with `sketch_probe`
+    the mean square of the gradient of all steps since the last update instead of one batch's.
 
     References: Evci et al., Rigging the Lottery, 2020, arXiv:1911.11134.
     """
-    return move_blocks(blocks, key=key, when=when, drop_fraction=drop_fraction, probed=True)
+    return move_blocks(blocks, key=key, when=when, drop_fraction=drop_fraction, probe=probe)

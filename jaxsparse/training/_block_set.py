@@ -49,4 +49,4 @@ def block_set(
 
     References: Mocanu et al., 2018, arXiv:1707.04780.
     """
-    return move_blocks(blocks, key=key, when=when, drop_fraction=drop_fraction, probed=False)
+    return move_blocks(blocks, key=key, when=when, drop_fraction=drop_fraction, probe=None)

@@ -38,5 +38,5 @@ def block_static(blocks: Any) -> MaskUpdater:
     Cost: nothing per step beyond the blocks.
     """
     key = jax.random.key(0)  # nothing moves, so nothing is drawn
-    updater = move_blocks(blocks, key=key, when=once(0), drop_fraction=0.0, probed=False)
+    updater = move_blocks(blocks, key=key, when=once(0), drop_fraction=0.0, probe=None)
     return updater._replace(update=keep_state)

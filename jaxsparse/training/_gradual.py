@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse._choose import all_scores, leaf_counts
-from jaxsparse.patterns import mask_of_count
+from jaxsparse.patterns import Pattern, mask_of_count
 from jaxsparse.plans import Plan
 from jaxsparse.schedules import Schedule, When
 from jaxsparse.scores._evidence import ScoreFn, scorer
@@ -17,10 +17,12 @@ from jaxsparse.scores._magnitude import magnitude
 from jaxsparse.training._updater import MaskUpdater, run_when
 
 Tree = Any
+# pattern, mask, scores, grad, count of kept units, step -> mask
+Move = Callable[[Pattern, jax.Array, jax.Array, jax.Array, Any, jax.Array], jax.Array]
 
 
 class GradualState(NamedTuple):
-    """State of `gradual`: steps taken (int32) and masks."""
+    """State of `gradual` and `blast`: steps taken (int32) and masks."""
 
     count: jax.Array
     masks: Tree
@@ -64,6 +66,29 @@ def gradual(
     References: Zhu & Gupta, To prune, or not to prune, 2017, arXiv:1710.01878.
     """
 
+    def prune(
+        pattern: Pattern, mask: jax.Array, scores: jax.Array, grad: jax.Array, count: Any, step: Any
+    ) -> jax.Array:
+        del mask, grad, step
+        return mask_of_count(pattern, scores, count)
+
+    return on_schedule(distribution, schedule=schedule, when=when, score=score, move=prune)
+
+
+def on_schedule(
+    distribution: Callable[[Tree], Plan],
+    *,
+    schedule: Schedule,
+    when: When,
+    score: ScoreFn,
+    move: Move,
+) -> MaskUpdater:
+    """The engine: masks that are all True at first and move to the counts of a schedule.
+
+    The arguments are those of `gradual`; `move` makes the new mask of a leaf.
+    """
+    due_at = or_when_reached(when, schedule)
+
     def init(params: Tree) -> GradualState:
         plan = distribution(params)
         weights, treedef = jax.tree.flatten(params)
@@ -78,23 +103,33 @@ def gradual(
     ) -> GradualState:
         step = state.count
         share = jnp.asarray(schedule(step), jnp.float32)
-        reached = (share >= 1) & ((step == 0) | (jnp.asarray(schedule(step - 1)) < 1))
-        due = (when(step) | reached) & finite
+        due = due_at(step) & finite
         plan = distribution(params)
         score_of = scorer(score, params, {"grad": grads, **extra})
         counts = _counts_when(due, distribution, plan, score_of, share)
+        slopes = jax.tree.leaves(grads)
         masks, treedef = jax.tree.flatten(state.masks)
         for i, leaf in enumerate(plan.leaves):
             if leaf.sparsity:
 
-                def prune_leaf(mask: jax.Array, i: int = i) -> jax.Array:
-                    del mask
-                    return mask_of_count(plan.leaves[i].pattern, score_of(i), counts[i])
+                def move_leaf(mask: jax.Array, i: int = i) -> jax.Array:
+                    pattern = plan.leaves[i].pattern
+                    return move(pattern, mask, score_of(i), slopes[i], counts[i], step)
 
-                masks[i] = run_when(due, prune_leaf, masks[i])
+                masks[i] = run_when(due, move_leaf, masks[i])
         return GradualState(step + finite.astype(jnp.int32), treedef.unflatten(masks))
 
     return MaskUpdater(init, update)
+
+
+def or_when_reached(when: When, schedule: Schedule) -> When:
+    """`when`, and the step at which the schedule first reaches 1."""
+
+    def due(step: jax.Array) -> jax.Array:
+        reached = jnp.asarray(schedule(step)) >= 1
+        return when(step) | (reached & ((step == 0) | (jnp.asarray(schedule(step - 1)) < 1)))
+
+    return due
 
 
 def _counts_when(

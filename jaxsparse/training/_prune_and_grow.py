@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxsparse import _tree, select
 from jaxsparse._choose import choose
 from jaxsparse.patterns import Pattern, mask_of_count
-from jaxsparse.plans import Plan
+from jaxsparse.plans import LeafPlan, Plan
 from jaxsparse.schedules import Schedule, When
 from jaxsparse.scores._evidence import scorer
 from jaxsparse.scores._random import random
@@ -19,10 +19,12 @@ from jaxsparse.training._updater import MaskUpdater, run_when
 
 Tree = Any
 Grow = Callable[[str, jax.Array, jax.Array, jax.Array], jax.Array]  # path, w, grad, step -> scores
+# path, plan of the leaf, mask, w, scores of growth, fraction -> mask
+Move = Callable[[str, LeafPlan, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class DynamicState(NamedTuple):
-    """State of `set_` and `rigl`: steps taken (int32) and masks."""
+    """State of `set_`, `rigl` and `srigl`: steps taken (int32) and masks."""
 
     count: jax.Array
     masks: Tree
@@ -48,12 +50,15 @@ def prune_and_grow(
     when: When,
     drop_fraction: float | Schedule,
     grow: Grow,
+    move: Move | None = None,
 ) -> MaskUpdater:
     """Random masks that drop their smallest weights and grow by `grow` at some steps.
 
-    Every group keeps its count: with k units kept, round(drop * k) leave and as many come in. A
-    unit that is dropped may come back in the same update; it then keeps its value and moments.
+    If `move` is not given every group keeps its count: with k units kept, round(drop * k) leave and
+    as many come in. A unit that is dropped may come back in the same update; it then keeps its
+    value and moments.
     """
+    move_leaf = move or _keeping_counts
     fraction_at = fraction_schedule(drop_fraction, "kept weights")
 
     def init(params: Tree) -> DynamicState:
@@ -73,15 +78,26 @@ def prune_and_grow(
         for i, leaf in enumerate(plan.leaves):
             if leaf.sparsity:
 
-                def move(mask: jax.Array, i: int = i) -> jax.Array:
-                    grow_scores = grow(plan.paths[i], weights[i], slopes[i], step)
-                    pattern = plan.leaves[i].pattern
-                    return move_units(pattern, mask, weights[i], grow_scores, fraction)
+                def moved(mask: jax.Array, i: int = i) -> jax.Array:
+                    path, leaf, w = plan.paths[i], plan.leaves[i], weights[i]
+                    return move_leaf(path, leaf, mask, w, grow(path, w, slopes[i], step), fraction)
 
-                masks[i] = run_when(due, move, masks[i])
+                masks[i] = run_when(due, moved, masks[i])
         return DynamicState(step + finite.astype(jnp.int32), treedef.unflatten(masks))
 
     return MaskUpdater(init, update)
+
+
+def _keeping_counts(
+    path: str,
+    leaf: LeafPlan,
+    mask: jax.Array,
+    w: jax.Array,
+    grow_scores: jax.Array,
+    fraction: jax.Array,
+) -> jax.Array:
+    del path
+    return move_units(leaf.pattern, mask, w, grow_scores, fraction)
 
 
 def move_units(

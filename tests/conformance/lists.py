@@ -46,6 +46,11 @@ UPDATERS = {
         exact=False,
         drawn=False,
     ),
+    "blast": Updater(
+        lambda d, key, p: jsp.blast(d, schedule=jsp.cubic(0, 5), when=jsp.every(2)),
+        True,
+        drawn=False,
+    ),
     "set": Updater(
         lambda d, key, p: jsp.set_(d, key=key, when=jsp.every(2), drop_fraction=0.6), True
     ),
@@ -59,6 +64,12 @@ UPDATERS = {
         True,
         lambda pattern: jsp.erk(0.5, pattern),
     ),
+    "srigl": Updater(
+        lambda d, key, p: jsp.srigl(d, key=key, when=jsp.every(2), least_salient=0.5),
+        True,
+        lambda pattern: jsp.uniform(0.5, jsp.FanIn()),
+        exact=False,
+    ),
     "ste": Updater(lambda d, key, p: jsp.ste(d), None),
     "ste_global": Updater(
         lambda d, key, p: jsp.ste(d), None, lambda pattern: jsp.global_(0.5, pattern), exact=False
@@ -66,16 +77,51 @@ UPDATERS = {
     "sr_ste": Updater(lambda d, key, p: jsp.sr_ste(d, decay=0.1), None),
 }
 
+
+class StoredUpdater(NamedTuple):
+    """How to build an updater of stored blocks, for parameters of the plan `STORED_PLAN`."""
+
+    build: Callable[[Any, jax.Array], jsp.MaskUpdater]  # blocks, key
+    probed: bool = False  # whether it trains `add_probes(values, blocks)`
+    moves: bool = True
+    final: int = 2  # blocks of each column in the end, of 4; 2 are stored at first
+
+
+STORED_PLAN = jsp.uniform(0.5, jsp.Block((4, 4)), where="stack")
+
+
+def _rigl(probe):
+    def build(blocks, key):
+        return jsp.block_rigl(blocks, key=key, when=jsp.every(2, start=1), probe=probe)
+
+    return StoredUpdater(build, probed=True)
+
+
 STORED_UPDATERS = {
-    "block_static": lambda blocks, key: jsp.block_static(blocks),
-    "block_set": lambda blocks, key: jsp.block_set(blocks, key=key, when=jsp.every(2)),
-    "block_rigl": lambda blocks, key: jsp.block_rigl(blocks, key=key, when=jsp.every(2, start=1)),
+    "block_static": StoredUpdater(lambda blocks, key: jsp.block_static(blocks), moves=False),
+    "block_set": StoredUpdater(lambda b, key: jsp.block_set(b, key=key, when=jsp.every(2))),
+    "block_rigl": _rigl(jsp.sketch_probe()),
+    "block_rigl_exact": _rigl(jsp.exact_probe()),
+    "block_rigl_candidates": _rigl(jsp.candidate_probe(1)),
+    "block_gradual": StoredUpdater(
+        lambda blocks, key: jsp.block_gradual(
+            blocks,
+            jsp.uniform(0.75, jsp.Block((4, 4)), where="stack"),
+            key=key,
+            schedule=jsp.linear(0, 3),
+            when=jsp.every(1),
+            drop_fraction=0.5,
+        ),
+        probed=True,
+        final=1,
+    ),
 }
 
 FORMATS = {
     "block_sparse": lambda w: jsp.BlockSparse.from_dense(w, (4, 2)),
     "nm_packed": lambda w: jsp.NMPacked.from_dense(w, 2, 4),
     "csr": lambda w: jsp.CSR.from_dense(w),
+    "condensed": lambda w: jsp.Condensed.from_dense(w),
 }
 
 PATTERNS = {
