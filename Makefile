@@ -1,6 +1,6 @@
 # Needs python3 (3.11 or newer, with venv) and make; everything else goes into a venv made here.
 #   PYTHON=python3.12  another interpreter, by name or path, in a venv of its own: .venv-3.12
-#   EXTRAS=cuda        install this extra as well: cuda, tpu or docs (several with commas)
+#   EXTRAS=cuda        install this extra as well: cuda, tpu, test-kernels, docs (several: commas)
 #   ARGS="..."         options for the main job or for pytest
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ LOG := $(VENV)/install.log
 PYTEST := $(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format types docs-check wheel-check venv clean
+.PHONY: help train bench-tpu test lint format types docs-check wheel-check venv clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,10 @@ help:  ## this list
 
 train: $(READY)  ## the main job: sparse training on the bundled text (options: ARGS=--help)
 	@$(PY) -m experiments.train_lm $(ARGS)
+
+bench-tpu:  ## on a TPU: are the kernels right, how fast, and with which tiles (ARGS=--help)
+	@$(MAKE) --no-print-directory venv EXTRAS=$(or $(EXTRAS),tpu)
+	@$(PY) -m experiments.bench_tpu $(ARGS)
 
 test: $(READY)  ## the whole test suite, with doctests, README and notebooks
 	@$(PYTEST) $(ARGS)

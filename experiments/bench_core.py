@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,7 @@ import optax
 import tyro
 
 import jaxsparse as jsp
-from experiments.bench_kernels import ALLOCATOR
+from experiments.allocator import keep_freed_memory
 
 SIZES = (784, *[1024] * 9, 10)
 BATCH = 128
@@ -234,10 +233,8 @@ def measure(options: Options) -> list[list[str]]:
 
 def main(options: Options) -> None:
     """Measure, print the table, and keep it."""
-    tunables = os.environ.get("GLIBC_TUNABLES")
-    if options.tuned_allocator and sys.platform == "linux" and tunables != ALLOCATOR:
-        environment = os.environ | {"GLIBC_TUNABLES": ALLOCATOR}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    if options.tuned_allocator:
+        keep_freed_memory()
     device = jax.devices()[0]
     setting = {
         "device": device.device_kind,

@@ -1,7 +1,7 @@
 """What `x @ w` costs with weights stored without their zeros: time of dense / time of a format.
 
-CSR at 90, 95 and 99 % zeros and NMPacked 2:4, on square float32 weights. Dense and each format take
-turns; each figure is the median over rounds of the ratio within a round.
+CSR and Condensed at 90, 95 and 99 % zeros and NMPacked 2:4, on square float32 weights. Dense and
+each format take turns; each figure is the median over rounds of the ratio within a round.
 
     python -m experiments.bench_formats [--sizes 2048 4096]
 """
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import tyro
 
 import jaxsparse as jsp
-from jaxsparse.formats import CSR, NMPacked
+from jaxsparse.formats import CSR, Condensed, NMPacked
 
 BATCHES = (1, 8)
 SPARSITIES = (0.9, 0.95, 0.99)
@@ -51,6 +51,8 @@ def main(options: Options) -> None:
         for sparsity in SPARSITIES:
             mask = jsp.make_mask(jsp.Unstructured(), jnp.abs(dense), 1 - sparsity)
             weights[f"CSR {sparsity:.0%}"] = CSR.from_dense(dense, mask)
+            mask = jsp.make_mask(jsp.FanIn(), jnp.abs(dense), 1 - sparsity)
+            weights[f"Condensed {sparsity:.0%}"] = Condensed.from_dense(dense, mask)
         for batch in BATCHES:
             x = jax.random.normal(jax.random.key(1), (batch, size))
             for w in (dense, *weights.values()):

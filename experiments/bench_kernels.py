@@ -7,34 +7,31 @@ Imports only `pallas_kernels`, jax and numpy, so that it runs wherever those are
     python -m experiments.bench_kernels [--rounds 15] [--shape 512 2560 2560] [--block 128 128]
         [--dtype float32] [--out experiments/results/bench_kernels_cpu.json]
 
-On a CPU under Linux it starts again with GLIBC_TUNABLES that keep freed memory, for dense and
-sparse alike: else page faults of fresh buffers are part of both times.
+On a CPU it starts again with an allocator that keeps freed memory, for dense and sparse alike: else
+page faults of fresh buffers are part of both times.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import block_sparse_matmul, plan, todense
+from experiments.allocator import keep_freed_memory
+from pallas_kernels import Topology, block_sparse_matmul, plan, todense
 from pallas_kernels._op import here
 
 DENSITIES = (0.5, 0.2, 0.1, 0.05)
-ALLOCATOR = ":".join(
-    f"glibc.malloc.{name}"
-    for name in ("hugetlb=1", "mmap_max=0", "trim_threshold=8589934592", "arena_max=1")
-)
 
 
 def seconds(fn: Callable[..., Any], *arguments: Any) -> float:
@@ -44,23 +41,28 @@ def seconds(fn: Callable[..., Any], *arguments: Any) -> float:
     return time.perf_counter() - begin
 
 
-def passes(multiply: Callable[[Any, Any], Any]) -> dict[str, Callable[..., Any]]:
-    """Compiled (x, w, dy) -> forward, and forward with both gradients."""
+def passes(multiply: Callable[[Any, Any, bool], Any]) -> dict[str, Callable[..., Any]]:
+    """Compiled (x, w, dy) -> y; y, dx and dw; dx; dw. `multiply` is (x, w, transpose) -> x @ w."""
 
     def both(x: Any, w: Any, dy: Any) -> Any:
-        y, pull = jax.vjp(multiply, x, w)
+        y, pull = jax.vjp(lambda x, w: multiply(x, w, False), x, w)
         return y, *pull(dy)
 
+    def dw(x: Any, w: Any, dy: Any) -> Any:
+        return jax.vjp(lambda w: multiply(x, w, False), w)[1](dy)[0]
+
     return {
-        "forward": jax.jit(lambda x, w, dy: multiply(x, w)),
+        "forward": jax.jit(lambda x, w, dy: multiply(x, w, False)),
         "forward + backward": jax.jit(both),
+        "dx": jax.jit(lambda x, w, dy: multiply(dy, w, True)),
+        "dw": jax.jit(dw),
     }
 
 
-def measure(
-    shape: tuple[int, int, int], block: tuple[int, int], density: float, dtype: Any, rounds: int
-) -> dict[str, float]:
-    """Speed-ups of one density."""
+def random_problem(
+    shape: tuple[int, int, int], block: tuple[int, int], density: float, dtype: Any
+) -> tuple[jax.Array, jax.Array, jax.Array, Topology]:
+    """x, values, dy and a topology that stores as many random blocks in every block column."""
     (m, k, n), (bk, bn) = shape, block
     r, c = k // bk, n // bn
     fan_in = max(1, round(density * r))
@@ -69,23 +71,79 @@ def measure(
     topology = plan(jnp.asarray(rows), jnp.repeat(jnp.arange(c), fan_in), (r, c), fan_in=fan_in)
     x, dy = (jnp.asarray(rng.standard_normal(s), dtype) for s in ((m, k), (m, n)))
     values = jnp.asarray(rng.standard_normal((c * fan_in, bk, bn)), dtype)
+    return x, values, dy, topology
+
+
+def stored(w: jax.Array, topology: Topology, block: tuple[int, int]) -> jax.Array:
+    """The blocks [S, bk, bn] of a dense array [K, N] at the places of a topology."""
+    (r, c), (bk, bn) = topology.grid, block
+    return w.reshape(r, bk, c, bn).swapaxes(1, 2)[topology.rows, topology.cols]
+
+
+def measure(
+    shape: tuple[int, int, int], block: tuple[int, int], density: float, dtype: Any, rounds: int
+) -> dict[str, float]:
+    """Speed-ups of one density."""
+    x, values, dy, topology = random_problem(shape, block, density, dtype)
     w = todense(values, topology)
-    dense = passes(jnp.matmul)
-    sparse = passes(lambda x, values: block_sparse_matmul(x, values, topology))
-    got, want = (
-        np.asarray(f(x, a, dy), np.float32)
-        for f, a in ((sparse["forward"], values), (dense["forward"], w))
+    dense = passes(lambda x, w, transpose: x @ (w.T if transpose else w))
+    sparse = passes(
+        lambda x, values, transpose: block_sparse_matmul(x, values, topology, transpose=transpose)
     )
-    error = float(np.abs(got - want).max() / np.abs(want).max())
-    if not error < (1e-4 if dtype == jnp.float32 else 2e-2):
-        raise SystemExit(f"wrong result at density {density}: relative error {error}")
-    found = {"fan_in": fan_in, "density": fan_in / r}
+    fan_in = topology.slots // topology.grid[1]
+    found: dict[str, float] = {"fan_in": fan_in, "density": fan_in / topology.grid[0]}
     for name in dense:
+        got, want = sparse[name](x, values, dy), dense[name](x, w, dy)
+        if name != "forward + backward":  # its parts are checked one by one
+            want = stored(want, topology, block) if name == "dw" else want
+            got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+            error = float(np.abs(got - want).max() / np.abs(want).max())
+            if not error < (1e-4 if dtype == jnp.float32 else 2e-2):
+                raise SystemExit(f"wrong {name} at density {density}: relative error {error}")
         runs = [(dense[name], w), (sparse[name], values)]
         times: list[list[float]] = [[seconds(f, x, a, dy) for f, a in runs] for _ in range(rounds)]
         found[name] = statistics.median(a / b for a, b in times[2:])
         found[f"{name}, dense ms"] = 1e3 * statistics.median(a for a, _ in times[2:])
     return found
+
+
+def setting() -> dict[str, Any]:
+    """What figures depend on beside the problem."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "implementation": here(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "runtime": device.client.platform_version,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def table(
+    shape: tuple[int, int, int],
+    block: tuple[int, int],
+    dtype: Any,
+    rounds: int,
+    densities: Sequence[float] = DENSITIES,
+) -> list[dict[str, float]]:
+    """Measure every density and print as it goes."""
+    print(
+        "(dense time / sparse time)\nsparsity  blocks a column  forward  forward + backward  dx  dw"
+    )
+    rows = []
+    for density in densities:
+        row = measure(shape, block, density, dtype, rounds)
+        rows.append(row)
+        print(
+            f"{1 - row['density']:8.0%}  {row['fan_in']:15}  {row['forward']:7.2f}  "
+            f"{row['forward + backward']:18.2f}  {row['dx']:.2f}  {row['dw']:.2f}",
+            flush=True,
+        )
+    return rows
 
 
 def main() -> None:
@@ -99,44 +157,21 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out")
     options = parser.parse_args()
-    device = jax.devices()[0]
-    on_cpu = device.platform == "cpu" and sys.platform == "linux"
-    if on_cpu and os.environ.get("GLIBC_TUNABLES") != ALLOCATOR:
-        environment = os.environ | {"GLIBC_TUNABLES": ALLOCATOR}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-    setting = {
-        "device": device.device_kind,
-        "implementation": here(),
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "date": time.strftime("%Y-%m-%d"),
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
+    here_and_now = setting() | {
         "shape": list(options.shape),
         "block": list(options.block),
         "dtype": options.dtype,
         "rounds": options.rounds,
     }
-    print("\n".join(f"{key}: {value}" for key, value in setting.items()), flush=True)
-    print("sparsity  blocks a column  forward  forward + backward  (dense time / sparse time)")
-    rows = []
-    for density in DENSITIES:
-        row = measure(
-            tuple(options.shape),
-            tuple(options.block),
-            density,
-            jnp.dtype(options.dtype),
-            options.rounds,
-        )
-        rows.append(row)
-        print(
-            f"{1 - row['density']:8.0%}  {row['fan_in']:15}  {row['forward']:7.2f}  "
-            f"{row['forward + backward']:18.2f}",
-            flush=True,
-        )
+    print("\n".join(f"{key}: {value}" for key, value in here_and_now.items()), flush=True)
+    rows = table(
+        tuple(options.shape), tuple(options.block), jnp.dtype(options.dtype), options.rounds
+    )
     if options.out:
         with open(options.out, "w") as file:
-            json.dump({"setting": setting, "measured": rows}, file, indent=1)
+            json.dump({"setting": here_and_now, "measured": rows}, file, indent=1)
             file.write("\n")
 
 

@@ -25,8 +25,10 @@ MATRICES = "layers/*/kernel"
 class Model:
     """The model and its text."""
 
-    model: Literal["tiny", "small", "base", "medium", "large", "1b"] = "small"
-    """Size; small is the one that learns most in a few minutes on two cores."""
+    model: Literal["tiny", "small", "wide", "base", "medium", "large", "1b"] = "wide"
+    """Size; wide is for stored blocks on two cores, small for dense weights and masks there."""
+    width: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Another width for that size, its SwiGLU in proportion: for a dense model of equal cost."""
     context: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Bytes in a training window; the size's own if not given."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -43,10 +45,10 @@ class Training:
     """Optimizer steps."""
     batch: int = 4
     """Windows in a step."""
-    learning_rate: float = 2e-2
+    learning_rate: float = 4e-2
     """At the end of the warm-up, for embedding, norms and head."""
-    matrix_rate: float = 0.1
-    """Times the learning rate, for dense matrices; sparse ones take 1 / density times that."""
+    matrix_rate: float = 0.015
+    """Times the learning rate, for dense matrices; sparse ones take density**-0.5 times that."""
     warmup: float = 0.05
     """Share of the steps."""
     weight_decay: float = 0.1
@@ -66,28 +68,34 @@ class Sparsity:
         "block_set",
         "block_static",
         "rigl",
+        "srigl",
         "set",
         "static",
         "gradual",
+        "blast",
         "ste",
         "sr_ste",
         "dense",
-    ] = "rigl"
+    ] = "block_set"
     """How masks come about; block_... store blocks alone and compute with nothing else."""
     sparsity: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Share of weights removed; 0.9 if not given, 1 - n/m with --pattern nm."""
-    distribution: Literal["uniform", "erk", "global", "lamp"] = "erk"
+    distribution: Literal["uniform", "erk", "global", "lamp"] = "uniform"
     """How the sparsity is shared out among the matrices."""
-    pattern: Literal["unstructured", "nm", "block", "channel", "fan_in"] = "unstructured"
-    """Which weights live or die together."""
+    pattern: Annotated[
+        Literal["unstructured", "nm", "block", "channel", "fan_in"] | None,
+        tyro.conf.arg(metavar="{unstructured,nm,block,channel,fan_in}"),
+    ] = None
+    """Which weights live or die together; if not given, block for block_..., fan_in for srigl, else
+    unstructured."""
     nm: tuple[int, int] = (2, 4)
     """With --pattern nm: n kept of m."""
-    block: tuple[int, int] = (8, 8)
+    block: tuple[int, int] = (32, 128)
     """With --pattern block: rows and columns of a block."""
     every: int = 100
-    """Steps between mask updates (rigl, set, gradual)."""
-    drop_fraction: float = 0.3
-    """Share of kept weights replaced in an update (rigl, set); a cosine takes it to 0."""
+    """Steps between mask updates (all but static and ste)."""
+    drop_fraction: float = 0.1
+    """Share of kept weights replaced in an update (rigl, set, blast); a cosine takes it to 0."""
     until: float = 0.75
     """Share of the steps after which masks rest (rigl, set) or are at full sparsity (gradual)."""
 
@@ -129,7 +137,11 @@ class Options:
             "log-every": o.log_every,
             "validate-every": o.validate_every,
             "checkpoint-every": o.checkpoint_every,
-            **({} if self.model.context is None else {"context": self.model.context}),
+            **{
+                name: size
+                for name in ("context", "width")
+                if (size := getattr(self.model, name)) is not None
+            },
         }
         for name, value in least_one.items():
             if value < 1:
@@ -143,8 +155,8 @@ class Options:
                 raise ValueError(f"--{name} must be in [0, 1]; got {value}.")
         if s.sparsity is not None and not 0 <= s.sparsity < 1:
             raise ValueError(f"--sparsity must be in [0, 1); got {s.sparsity}.")
-        if s.algorithm in STORED and s.pattern != "block":
-            raise ValueError(f"--algorithm {s.algorithm} stores blocks: add --pattern block.")
+        if s.algorithm in STORED and pattern(s) != "block":
+            raise ValueError(f"--algorithm {s.algorithm} stores blocks: leave --pattern out.")
         if s.sparsity is not None and s.pattern == "nm":
             raise ValueError(
                 f"--pattern nm with --nm {s.nm[0]} {s.nm[1]} has sparsity {1 - s.nm[0] / s.nm[1]}: "
@@ -165,8 +177,10 @@ def parse(arguments: list[str] | None = None) -> Options:
 def model_config(options: Options) -> Config:
     """The model's shape."""
     config = SIZES[options.model.model]
-    context = options.model.context or config.context
-    return dataclasses.replace(config, context=context, dtype=jnp.dtype(options.model.dtype))
+    context, width = options.model.context or config.context, options.model.width or config.width
+    hidden = 32 * round(config.hidden * width / config.width / 32)
+    dtype = jnp.dtype(options.model.dtype)
+    return dataclasses.replace(config, width=width, hidden=hidden, context=context, dtype=dtype)
 
 
 def learning_rate(options: Training) -> optax.Schedule:
@@ -184,14 +198,13 @@ def learning_rate(options: Training) -> optax.Schedule:
 def optimizer(options: Options, algorithm: str) -> optax.GradientTransformation:
     """Clipping and AdamW without decay of norms, with a learning rate of their own for matrices.
 
-    Dense matrices take `matrix_rate` times the learning rate. An output that sums k instead of K
-    inputs needs steps K / k times as large to move as far, so sparse ones take 1 / density times
-    that, and one setting suits dense and sparse models (Dey et al., Sparse maximal update
-    parameterization, 2024, arXiv:2405.15743). Where weights are dense at first (gradual) or
-    throughout (ste, sr_ste) they count as dense.
+    Dense matrices take `matrix_rate` times the learning rate. Sparse ones take 1 / sqrt(density)
+    times that: weights of k inputs instead of K are sqrt(K / k) times as large from the start, and
+    AdamW moves each by about the learning rate, so they change as fast in proportion. Where weights
+    are dense at first (gradual) or throughout (ste, sr_ste) they count as dense.
     """
-    t, sparse = options.training, algorithm in ("static", "set", "rigl", *STORED)
-    factor = t.matrix_rate / (1 - target_sparsity(options.sparse) if sparse else 1)
+    t, sparse = options.training, algorithm in ("static", "set", "rigl", "srigl", *STORED)
+    factor = t.matrix_rate / (1 - target_sparsity(options.sparse) if sparse else 1) ** 0.5
 
     def decayed(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: "scale" not in _name(path), params)
@@ -229,6 +242,12 @@ DISTRIBUTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
+def pattern(s: Sparsity) -> str:
+    """Name of the pattern: the one asked for, or what suits the algorithm."""
+    natural = {"srigl": "fan_in", **dict.fromkeys(STORED, "block")}
+    return s.pattern or natural.get(s.algorithm, "unstructured")
+
+
 def target_sparsity(s: Sparsity) -> float:
     """Share of the pruned matrices' weights that is removed in the end."""
     if s.algorithm == "dense":
@@ -241,7 +260,7 @@ def target_sparsity(s: Sparsity) -> float:
 def distribution(s: Sparsity) -> Any:
     """What the library calls a distribution: params -> plan."""
     return DISTRIBUTIONS[s.distribution](
-        target_sparsity(s), pattern=PATTERNS[s.pattern](s), where=MATRICES
+        target_sparsity(s), pattern=PATTERNS[pattern(s)](s), where=MATRICES
     )
 
 
@@ -255,16 +274,21 @@ def _moving(options: Options) -> dict[str, Any]:
     }
 
 
-def _gradual(options: Options) -> Any:
+def _rising(options: Options) -> dict[str, Any]:
+    """Arguments that gradual and blast share."""
     s, end = options.sparse, max(1, round(options.sparse.until * options.training.steps))
-    return jsp.gradual(distribution(s), schedule=jsp.cubic(end // 10, end), when=jsp.every(s.every))
+    return {"schedule": jsp.cubic(end // 10, end), "when": jsp.every(s.every)}
 
 
 ALGORITHMS: dict[str, Callable[[Options], Any]] = {
     "rigl": lambda o: jsp.rigl(distribution(o.sparse), **_moving(o)),
     "set": lambda o: jsp.set_(distribution(o.sparse), **_moving(o)),
     "static": lambda o: jsp.static(distribution(o.sparse), key=jax.random.key(o.training.seed + 1)),
-    "gradual": _gradual,
+    "srigl": lambda o: jsp.srigl(distribution(o.sparse), **_moving(o)),
+    "gradual": lambda o: jsp.gradual(distribution(o.sparse), **_rising(o)),
+    "blast": lambda o: jsp.blast(
+        distribution(o.sparse), **_rising(o), drop_fraction=o.sparse.drop_fraction
+    ),
     "ste": lambda o: jsp.ste(distribution(o.sparse)),
     "sr_ste": lambda o: jsp.sr_ste(distribution(o.sparse)),
 }
@@ -278,6 +302,8 @@ STORED: dict[str, Callable[[Options, Any], Any]] = {
 
 DENSE_GRADIENT: dict[str, Callable[[Options], float]] = {
     "rigl": lambda o: o.sparse.until / o.sparse.every,
+    "srigl": lambda o: o.sparse.until / o.sparse.every,
+    "blast": lambda o: o.sparse.until / o.sparse.every,
     "ste": lambda o: 1.0,
     "sr_ste": lambda o: 1.0,
 }

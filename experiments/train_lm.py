@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from experiments import table
+from experiments.allocator import keep_freed_memory
 from experiments.arm import Arm, make_arm
 from experiments.baselines import all_baselines
 from experiments.log import make_console, read_metrics
 from experiments.loop import Interrupted, Trained, train, write_json
-from experiments.options import Options, model_config, parse, target_sparsity
+from experiments.options import Options, model_config, parse, pattern, target_sparsity
 from experiments.plots import plot_loss, plot_masks
 from experiments.text import Text, batches, load
 from models.flops import parameter_count
@@ -69,7 +70,7 @@ def introduce(options: Options, text: Text, console: Console) -> None:
     if s.algorithm != "dense":
         masks = (
             f"{s.algorithm}, {target_sparsity(s):.0%} sparsity in the matrices of the blocks "
-            f"({s.distribution}, {s.pattern})"
+            f"({s.distribution}, {pattern(s)})"
         )
     console.print(
         f"[bold]model[/]  {options.model.model}: {parameter_count(config) / 1e6:.2f}M parameters, "
@@ -97,13 +98,16 @@ def run(options: Options, text: Text, arm: Arm, console: Console) -> None:
     if arm.name != "dense" and (options.output.compare or (out / "dense/result.json").exists()):
         dense = train(other, options, text, out / "dense", console)
 
-    if "step_ms" not in summary:
+    if "memory" not in summary:
         console.print("measuring the time of a step, sparse and dense in turns")
         params, state = (dense.params, dense.state) if dense else other.init()
         arms = {"sparse": (arm, sparse.params, sparse.state), "dense": (other, params, state)}
         data = batches(text.train, seed=options.training.seed, **_shape(options))
         seconds = table.step_seconds(arms, data[0])
         summary["step_ms"] = {name: 1e3 * value for name, value in seconds.items()}
+        summary["memory"] = {
+            name: table.step_memory(arm, data[0]) for name, (arm, *_) in arms.items()
+        }
         summary["device"] = jax.devices()[0].device_kind
     if "sample" not in summary:
         summary["sample"] = sample(arm, sparse, text)
@@ -135,10 +139,10 @@ def report(
     records = {arm.name: read_metrics(out / "metrics.jsonl")}
     if dense:
         records["dense"] = read_metrics(out / "dense/metrics.jsonl")
-    times = summary["step_ms"]
+    times, memory = summary["step_ms"], summary["memory"]
     a = table.facts(options, records[arm.name], arm)
-    a |= sparse.result | {"step_ms": times["sparse"]}
-    b = table.facts(options, [], other) | {"step_ms": times["dense"]}
+    a |= sparse.result | {"step_ms": times["sparse"]} | memory["sparse"]
+    b = table.facts(options, [], other) | {"step_ms": times["dense"]} | memory["dense"]
     b |= dense.result if dense else {}
     parts: list[Any] = ["", table.baselines_table(a, b, summary["baselines"])]
     if arm.name != "dense":
@@ -174,4 +178,6 @@ def forget(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     sys.exit(main())

@@ -79,6 +79,9 @@ SIZES: dict[str, Config] = {
     "small": Config(
         width=256, layers=2, heads=4, kv_heads=2, head_width=64, hidden=704, context=128, unroll=2
     ),
+    "wide": Config(
+        width=640, layers=2, heads=4, kv_heads=2, head_width=64, hidden=1920, context=128, unroll=2
+    ),
     "base": Config(width=512, layers=8, heads=8, kv_heads=4, hidden=1408, context=512),
     "medium": Config(width=768, layers=12, heads=12, kv_heads=4, hidden=2048, context=1024),
     "large": Config(
@@ -88,7 +91,7 @@ SIZES: dict[str, Config] = {
         width=2048, layers=22, heads=32, kv_heads=4, hidden=5632, context=2048, remat=True
     ),
 }
-"""Named sizes: 0.4M, 1.6M, 24M, 76M, 271M and 970M parameters with a vocabulary of bytes."""
+"""Named sizes: 0.4M, 1.6M, 8.7M, 24M, 76M, 271M and 970M parameters, with a vocabulary of bytes."""
 
 
 class Cache(NamedTuple):

@@ -98,6 +98,8 @@ def facts(name, **more):
         "flops": 2e9,
         "step_ms": 12.0,
         "optimizer_bytes": 5_000_000,
+        "held_bytes": 8_000_000,
+        "temporary_bytes": 3_000_000,
         "valid_bits_per_byte": 2.5,
         "valid_loss": 2.5 * math.log(2),
         **more,

@@ -30,8 +30,8 @@ def text(tmp_path_factory):
 
 
 def command(text, out, *more):
-    options = f"--model tiny --context 24 --batch 2 --steps {STEPS} --every 6 --log-every 1"
-    options += " --validate-every 10 --checkpoint-every 2 --learning-rate 0.003"
+    options = f"--algorithm rigl --model tiny --context 24 --batch 2 --steps {STEPS} --every 6"
+    options += " --log-every 1 --validate-every 10 --checkpoint-every 2 --learning-rate 0.003"
     return [*options.split(), "--data", str(text), "--out", str(out), *more]
 
 
@@ -180,7 +180,7 @@ def test_killed_and_interrupted_runs_go_on_bit_for_bit(whole, text, tmp_path):
 
 def test_stored_blocks_train_and_go_on_from_a_checkpoint(text, tmp_path):
     out = tmp_path / "blocks"
-    options = "--algorithm block_rigl --pattern block --block 16 16 --distribution uniform"
+    options = "--algorithm block_rigl --block 16 16"
     assert main(command(text, out, *options.split())) == 0
     first = losses(out)
     assert len(first) == STEPS and first[-1][1] < first[0][1] - 1

@@ -156,7 +156,15 @@ def test_config_says_what_is_wrong(changes, words):
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("tiny", 0.43), ("small", 1.6), ("base", 24), ("medium", 76), ("large", 271), ("1b", 970)],
+    [
+        ("tiny", 0.43),
+        ("small", 1.6),
+        ("wide", 8.7),
+        ("base", 24),
+        ("medium", 76),
+        ("large", 271),
+        ("1b", 970),
+    ],
 )
 def test_named_sizes(name, millions):
     config = SIZES[name]
