@@ -72,7 +72,11 @@ def vmap_over_seeds(updater, tx, params, name, pattern):
     keys = jax.random.split(jax.random.key(7), 4)
 
     def run(key, scale):
-        mine = jax.tree.map(lambda w: w * scale + 0 * scale, params)
+        # Drawn anew: sizes in the tree tie, and rounding would decide what Adam makes of ties.
+        def drawn(w):
+            return (w * scale * jax.random.uniform(key, w.shape, minval=0.5)).astype(w.dtype)
+
+        mine = jax.tree.map(drawn, params)
         built, _ = make_updater(name, pattern, mine, key)
         mine_tx = jsp.sparsify(optax.adam(1e-2), built)
         return loop(stepper(built, mine_tx), mine, mine_tx.init(mine))
