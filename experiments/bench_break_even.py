@@ -145,7 +145,7 @@ def of_blocks(
         to_made[name] = medians(found)
     return {
         "density": min(faster),
-        "dense_above": dense_above,
+        "dense_above": max(dense_above, min(faster)),  # what beats dense beats making it first
         "ratio_to_dense": to_dense,
         "ratio_to_made_dense": to_made,
     }

@@ -1,6 +1,6 @@
 """What block-sparse products cost: dense time over block-sparse time, in one run on one device.
 
-Dense and sparse take turns; each figure is the median over rounds of the ratio within a round.
+All runs take turns, dense beside sparse; each figure is the median over rounds of their ratio.
 Every column of blocks stores as many blocks. Results are checked against the dense product first.
 Imports only `pallas_kernels`, jax and numpy, so that it runs wherever those are.
 
@@ -21,6 +21,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -80,18 +81,16 @@ def stored(w: jax.Array, topology: Topology, block: tuple[int, int]) -> jax.Arra
     return w.reshape(r, bk, c, bn).swapaxes(1, 2)[topology.rows, topology.cols]
 
 
-def measure(
-    shape: tuple[int, int, int], block: tuple[int, int], density: float, dtype: Any, rounds: int
-) -> dict[str, float]:
-    """Speed-ups of one density."""
+def checked(
+    shape: tuple[int, int, int], block: tuple[int, int], density: float, dtype: Any
+) -> tuple[dict[str, float], dict[str, list[Callable[[], Any]]]]:
+    """Size of a problem, and by name its dense and its sparse run, compiled, with right results."""
     x, values, dy, topology = random_problem(shape, block, density, dtype)
     w = todense(values, topology)
     dense = passes(lambda x, w, transpose: x @ (w.T if transpose else w))
     sparse = passes(
         lambda x, values, transpose: block_sparse_matmul(x, values, topology, transpose=transpose)
     )
-    fan_in = topology.slots // topology.grid[1]
-    found: dict[str, float] = {"fan_in": fan_in, "density": fan_in / topology.grid[0]}
     for name in dense:
         got, want = sparse[name](x, values, dy), dense[name](x, w, dy)
         if name != "forward + backward":  # its parts are checked one by one
@@ -100,11 +99,12 @@ def measure(
             error = float(np.abs(got - want).max() / np.abs(want).max())
             if not error < (1e-4 if dtype == jnp.float32 else 2e-2):
                 raise SystemExit(f"wrong {name} at density {density}: relative error {error}")
-        runs = [(dense[name], w), (sparse[name], values)]
-        times: list[list[float]] = [[seconds(f, x, a, dy) for f, a in runs] for _ in range(rounds)]
-        found[name] = statistics.median(a / b for a, b in times[2:])
-        found[f"{name}, dense ms"] = 1e3 * statistics.median(a for a, _ in times[2:])
-    return found
+    fan_in = topology.slots // topology.grid[1]
+    runs = {
+        name: [partial(dense[name], x, w, dy), partial(sparse[name], x, values, dy)]
+        for name in dense
+    }
+    return {"fan_in": fan_in, "density": fan_in / topology.grid[0]}, runs
 
 
 def setting() -> dict[str, Any]:
@@ -130,13 +130,23 @@ def table(
     rounds: int,
     densities: Sequence[float] = DENSITIES,
 ) -> list[dict[str, float]]:
-    """Measure every density and print as it goes."""
+    """Measure and print. A round runs everything once, so that a busy moment meets few of each."""
+    problems = [checked(shape, block, density, dtype) for density in densities]
+    times: dict[tuple[int, str], list[list[float]]] = {}
+    for turn in range(rounds + 1):
+        for i, (_, runs) in enumerate(problems):
+            for name, pair in runs.items():
+                taken = [seconds(run) for run in pair]
+                if turn:  # the first warms up
+                    times.setdefault((i, name), []).append(taken)
     print(
         "(dense time / sparse time)\nsparsity  blocks a column  forward  forward + backward  dx  dw"
     )
     rows = []
-    for density in densities:
-        row = measure(shape, block, density, dtype, rounds)
+    for i, (row, runs) in enumerate(problems):
+        for name in runs:
+            row[name] = statistics.median(a / b for a, b in times[i, name])
+            row[f"{name}, dense ms"] = 1e3 * statistics.median(a for a, _ in times[i, name])
         rows.append(row)
         print(
             f"{1 - row['density']:8.0%}  {row['fan_in']:15}  {row['forward']:7.2f}  "

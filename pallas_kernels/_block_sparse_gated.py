@@ -2,9 +2,9 @@
 
 With g = x Wg and u = x Wu, y = act(g) u, du = act(g) dy, dg = act'(g) u dy, dx = dg Wg^T + du Wu^T,
 and the gradients of values are products at the stored blocks, see `_block_sparse_matmul.py`. 2 M bk
-bn FLOPs a stored block forward and twice that backward. Two products and an elementwise one move
-2 arrays [M, N] to memory and back, which at high sparsity costs as much as the products; here g and
-u stay on the chip unless they are needed for the backward pass.
+bn FLOPs a stored block forward and twice that backward. Two products and an elementwise one write
+g and u [M, N] to memory and read them again; here they stay on the chip unless the backward pass
+needs them.
 
 The MLP of Okanovic et al., BLaST: High performance inference and pretraining using block sparse
 transformers, 2025, arXiv:2507.03117. Gated linear units: Shazeer, 2020, arXiv:2002.05202.

@@ -5,8 +5,8 @@ blocks of column c of the gate, line 2 c + 1 those of the other factor. When the
 activation of its sums stays in VMEM; when the second ends, the product of both leaves. A panel of x
 serves both weights.
 
-FLOPs 2 M bk bn a stored block. Bytes: x and y once, the stored blocks of both once a panel: a third
-of the [M, N] arrays that two products write, and that the product of their entries reads.
+FLOPs 2 M bk bn a stored block. Bytes: x and y once, the stored blocks of both once a panel. Two
+products and an elementwise one move five arrays [M, N] and read x twice.
 VMEM: see `product_bytes`, with 2 weights.
 """
 
