@@ -95,7 +95,7 @@ def plot_masks(path: Path, records: list[dict[str, Any]]) -> None:
             spread = i / max(len(labels) - 1, 1) * 0.85 if title == "layer" else i
             axes.plot(steps, lines[:, i], color=colors(spread), linewidth=1.4, label=label)
         axes.set(xlabel="step", title=f"churn in an update, by {title}", ylim=(0, None))
-        axes.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+        axes.yaxis.set_major_formatter(lambda x, _: f"{round(100 * x, 2):g}%")
         if len(labels) <= 8:
             axes.legend(frameon=False, fontsize=8)
         _finish(figure, axes)

@@ -278,10 +278,16 @@ def trained():
 
 
 @pytest.mark.parametrize(
-    ("mode", "spec"), [("auto_set", ("model",)), ("auto", ("model",)), ("explicit_set", ())]
+    ("mode", "spec"),
+    [
+        ("auto_set", ("model",)),
+        ("auto", ("model",)),
+        ("explicit_set", ("model",)),
+        ("explicit_set", ()),
+    ],
 )
 def test_training_moves_the_blocks_that_it_moves_on_one_device(mode, spec, devices, trained):
-    """On 2 x 4 devices, data x model; on explicit axes stored blocks move where they are whole."""
+    """On 2 x 4 devices, data x model."""
     net = Net()
     with on_mesh(mode, devices) as (mesh, lay):
         params = {k: lay(v) if k == "bias" else lay(v, *spec) for k, v in net.params.items()}
