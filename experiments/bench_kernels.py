@@ -82,12 +82,18 @@ def stored(w: jax.Array, topology: Topology, block: tuple[int, int]) -> jax.Arra
 
 
 def checked(
-    shape: tuple[int, int, int], block: tuple[int, int], density: float, dtype: Any
+    dense: dict[str, Callable[..., Any]],
+    shape: tuple[int, int, int],
+    block: tuple[int, int],
+    density: float,
+    dtype: Any,
 ) -> tuple[dict[str, float], dict[str, list[Callable[[], Any]]]]:
-    """Size of a problem, and by name its dense and its sparse run, compiled, with right results."""
+    """Size of a problem, and by name its dense and its sparse run, compiled, with right results.
+
+    `dense` are the `passes` of a dense weight, which all problems of a shape share.
+    """
     x, values, dy, topology = random_problem(shape, block, density, dtype)
     w = todense(values, topology)
-    dense = passes(lambda x, w, transpose: x @ (w.T if transpose else w))
     sparse = passes(
         lambda x, values, transpose: block_sparse_matmul(x, values, topology, transpose=transpose)
     )
@@ -131,7 +137,8 @@ def table(
     densities: Sequence[float] = DENSITIES,
 ) -> list[dict[str, float]]:
     """Measure and print. A round runs everything once, so that a busy moment meets few of each."""
-    problems = [checked(shape, block, density, dtype) for density in densities]
+    dense = passes(lambda x, w, transpose: x @ (w.T if transpose else w))
+    problems = [checked(dense, shape, block, density, dtype) for density in densities]
     times: dict[tuple[int, str], list[list[float]]] = {}
     for turn in range(rounds + 1):
         for i, (_, runs) in enumerate(problems):

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from jaxsparse.formats._protocol import multiply_slices
+from jaxsparse.formats._protocol import multiply_slices, whole_mask
 from pallas_kernels._op import sum_type
 
 
@@ -157,18 +157,7 @@ def _kept(w: jax.Array, mask: Any) -> jax.Array:
     """The mask in the shape of the weight; errors if one of them does not fit."""
     if w.ndim < 2:
         raise ValueError(f"Condensed needs a weight [..., K, N]; got {w.shape}.")
-    if mask is None:
-        return w != 0
-    mask = jnp.asarray(mask)
-    if mask.dtype != jnp.bool_:
-        raise TypeError(f"mask must be bool, True = kept; got {mask.dtype}. Write mask != 0.")
-    try:
-        return jnp.broadcast_to(mask, w.shape)
-    except ValueError:
-        raise ValueError(
-            f"mask must broadcast to the weight {w.shape}; got {mask.shape}. Make it from this "
-            "weight."
-        ) from None
+    return w != 0 if mask is None else whole_mask(mask, w.shape)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxsparse.formats._protocol import multiply_slices
+from jaxsparse.formats._protocol import multiply_slices, whole_mask
 
 GROUP = 8  # entries in a row of `values`, all of one column
 
@@ -171,18 +171,7 @@ def _kept(w: jax.Array, mask: Any) -> jax.Array:
             f"CSR needs a weight [..., K, N] with K * N < 2**31; got {w.shape}. Split it, or "
             "give it a second axis."
         )
-    if mask is None:
-        return w != 0
-    mask = jnp.asarray(mask)
-    if mask.dtype != jnp.bool_:
-        raise TypeError(f"mask must be bool, True = kept; got {mask.dtype}. Write mask != 0.")
-    try:
-        return jnp.broadcast_to(mask, w.shape)
-    except ValueError:
-        raise ValueError(
-            f"mask must broadcast to the weight {w.shape}; got {mask.shape}. Make it from this "
-            "weight."
-        ) from None
+    return w != 0 if mask is None else whole_mask(mask, w.shape)
 
 
 @jax.jit

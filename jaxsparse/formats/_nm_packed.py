@@ -30,7 +30,7 @@ from jax import lax
 from jax.core import Tracer
 
 from jaxsparse import _tree
-from jaxsparse.formats._protocol import multiply_slices
+from jaxsparse.formats._protocol import multiply_slices, whole_mask
 from jaxsparse.patterns import NM, make_mask
 
 
@@ -172,16 +172,7 @@ def _check_shape(shape: tuple[int, ...], pattern: NM, stride: int) -> None:
 
 def _checked_mask(mask: Any, shape: tuple[int, ...], pattern: NM, stride: int) -> jax.Array:
     """The mask in the shape of the weight; errors if it is no bool or keeps too much."""
-    mask = jnp.asarray(mask)
-    if mask.dtype != jnp.bool_:
-        raise TypeError(f"mask must be bool, True = kept; got {mask.dtype}. Write mask != 0.")
-    try:
-        mask = jnp.broadcast_to(mask, shape)
-    except ValueError:
-        raise ValueError(
-            f"mask must broadcast to the weight {shape}; got {mask.shape}. Make it from this "
-            "weight."
-        ) from None
+    mask = whole_mask(mask, shape)
     if not isinstance(mask, Tracer) and mask.size:
         most = int(_most_kept(pattern, stride, mask))
         if most > pattern.n:

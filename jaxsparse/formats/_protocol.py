@@ -68,3 +68,22 @@ def multiply_slices(
     for _ in stack:
         multiply = jax.vmap(multiply)
     return multiply(w, x)
+
+
+def whole_mask(mask: Any, shape: tuple[int, ...]) -> jax.Array:
+    """A mask in the shape of its weight.
+
+    Raises:
+        TypeError: If it is not bool.
+        ValueError: If it does not broadcast to the weight.
+    """
+    mask = jnp.asarray(mask)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"mask must be bool, True = kept; got {mask.dtype}. Write mask != 0.")
+    try:
+        return jnp.broadcast_to(mask, shape)
+    except ValueError:
+        raise ValueError(
+            f"mask must broadcast to the weight {shape}; got {mask.shape}. Make it from this "
+            "weight."
+        ) from None
