@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import jaxsparse
+import jaxsparse.attention
 import jaxsparse.checkpoint
+import jaxsparse.moe
 import jaxsparse.nn
 import pallas_kernels
 
@@ -24,6 +26,7 @@ PAGE = ROOT / "docs/status.md"
 RAN_ON: dict[str, str] = {}
 """Name -> devices beside CPU on which its tests have passed, e.g. {"sparsify": "H100, TPU v5e"}."""
 
+OWN_NAMES = ("attention", "moe")  # rooms whose names are used with that of the room
 ABOUT_PAGES = ("test_status", "test_docs", "test_architecture")  # they test no method
 
 HEAD = """\
@@ -46,6 +49,8 @@ SECTIONS = (
     "Distributions",
     "Schedules",
     "Weight formats",
+    "Attention",
+    "Mixture of experts",
     "Layers",
     "Tools",
     "Kernels",
@@ -66,6 +71,8 @@ def section_of(thing: Any) -> str:
         "scores": "Scores",
         "schedules": "Schedules",
         "formats": "Weight formats",
+        "attention": "Attention",
+        "moe": "Mixture of experts",
         "nn": "Layers",
     }
     if module.startswith("pallas_kernels"):
@@ -75,17 +82,23 @@ def section_of(thing: Any) -> str:
 
 def public() -> Iterator[tuple[str, Any]]:
     """(name as a user writes it, thing) for every function and class that is exported."""
-    for module in (jaxsparse, jaxsparse.nn, jaxsparse.checkpoint, pallas_kernels):
+    rooms = (jaxsparse.attention, jaxsparse.moe, jaxsparse.nn, jaxsparse.checkpoint)
+    for module in (jaxsparse, *rooms, pallas_kernels):
         prefix = module.__name__.removeprefix("jaxsparse").lstrip(".")
         for name in getattr(module, "__all__", ()):
             thing = getattr(module, name)
+            if module in rooms and not str(thing.__module__).startswith(module.__name__):
+                continue  # from another room, which has its row
             if inspect.isfunction(thing) or inspect.isclass(thing) or hasattr(thing, "__wrapped__"):
                 if not getattr(thing, "_is_protocol", False):
                     yield (f"{prefix}.{name}" if prefix else name), thing
 
 
 def names_in_tests() -> dict[str, set[str]]:
-    """Test file -> public names that it uses: `jsp.rigl`, or `rigl` imported from jaxsparse."""
+    """Test file -> public names that it uses: `jsp.rigl`, or `rigl` imported from jaxsparse.
+
+    Those of `OWN_NAMES` also as `attention.fixed`, since `jsp.fixed` is another thing.
+    """
     found: dict[str, set[str]] = {}
     for file in sorted((ROOT / "tests").rglob("*.py")):
         if file.stem in ABOUT_PAGES:
@@ -101,6 +114,13 @@ def names_in_tests() -> dict[str, set[str]]:
                 ("jaxsparse", "pallas_kernels")
             ):
                 used |= {alias.name for alias in node.names}
+                room = str(node.module).removeprefix("jaxsparse.").split(".")[0]
+                if room in OWN_NAMES:
+                    used |= {f"{room}.{alias.name}" for alias in node.names}
+            if isinstance(node, ast.Attribute):
+                *_, room, name = ["", *ast.unparse(node).split(".")]
+                if room in OWN_NAMES:
+                    used.add(f"{room}.{name}")
         path = file.relative_to(ROOT / "tests")
         label = path.parts[0] if path.parts[0] == "conformance" else path.stem
         found.setdefault(label.removeprefix("test_"), set()).update(used)
@@ -123,8 +143,8 @@ def row(name: str, thing: Any, tests: dict[str, set[str]]) -> str:
     part = re.search(r"^References: (.*?)(?:\n\n|\Z)", doc, re.MULTILINE | re.DOTALL)
     paper = " ".join(part[1].split()).rstrip(".") if part else ""
     paper = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
-    last = name.rsplit(".", 1)[-1]
-    tested = ", ".join(label for label, used in tests.items() if last in used)
+    key = name if name.split(".")[0] in OWN_NAMES else name.rsplit(".", 1)[-1]
+    tested = ", ".join(label for label, used in tests.items() if key in used)
     devices = ", ".join(filter(None, ["CPU", RAN_ON.get(name)])) if tested else "-"
     measured = ", ".join(tables_with(name))
     cells = [f"`{name}`", what, paper or "-", tested or "doctest only", devices, measured or "-"]

@@ -18,11 +18,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _tree, select
+from jaxsparse._regular import keep_regular
 
 
 @runtime_checkable
 class Pattern(Protocol):
     """Structure of a mask. Must be hashable: a frozen dataclass.
+
+    A pattern whose choice is not the top of each group also has a method `keep(gathered, count)`,
+    which gives the kept units in the shape of `gathered`; see `TransposableNM`.
 
     Example:
         >>> import jaxsparse as jsp
@@ -114,6 +118,57 @@ class NM:
 
     def scatter(self, keep: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return keep.reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransposableNM(NM):
+    """`n` weights kept of every `m` along the inputs and along the outputs.
+
+    So the transpose, which the backward pass multiplies with, is n:m too. Each m x m square is on
+    its own. Up to m = 4 its mask is the best there is (of 90 for 2:4); for larger m it is greedy,
+    filled up by exchanges (`jaxsparse._regular`).
+
+    Attributes:
+        n: Weights kept in each row and each column of a square.
+        m: Size of a square.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxsparse as jsp
+        >>> scores = jnp.array([[5.0, 4.0], [4.0, 1.0]])
+        >>> jsp.make_mask(jsp.TransposableNM(1, 2), scores, 0.5)
+        Array([[False,  True],
+               [ True, False]], dtype=bool)
+
+    Cost: for m = 4 two products of the scores with 140 patterns, and 4 floats a weight of temporary
+    memory; measured on 2 CPU cores, 2048 x 2048: 105 ms for 2:4 and 440 ms for the greedy 4:8,
+    where `NM` takes 3.4 ms. Choose such masks now and then, e.g. every 40 steps.
+
+    Deviations: checked against the authors' code for 2:4 (the same 90 patterns). For larger m
+    Hubara et al. give a minimum-cost flow and a 2-approximation; the greedy choice with exchanges
+    is ours, and keeps exactly n of each row and column.
+
+    References: Hubara et al., Accelerated sparse neural training, 2021, arXiv:2102.08124; for 2:4
+    by all 90 patterns Hu et al., 2024, arXiv:2404.01847.
+    """
+
+    axis: int = dataclasses.field(default=-2, init=False, repr=False)
+
+    def gather(self, scores: jax.Array) -> jax.Array:
+        shape = _at_least(scores, 2, self).shape
+        if shape[-2] % self.m or shape[-1] % self.m:
+            raise ValueError(
+                f"{self} needs the last two axes to be multiples of {self.m}; got {shape}. Pad it, "
+                f"use NM({self.n}, {self.m}), or exclude it with where=."
+            )
+        return super().gather(scores)
+
+    def keep(self, gathered: jax.Array, count: jax.Array) -> jax.Array:
+        """Kept weights `[..., K / m, m, N]`; `count` broadcasts to that, with 1 for the m."""
+        *lead, rows, m, n = gathered.shape
+        squares = jnp.swapaxes(gathered.reshape(*lead, rows, m, n // m, m), -2, -3)
+        count = jnp.broadcast_to(count, (*lead, rows, 1, n)).reshape(*lead, rows, n // m, m)
+        keep = keep_regular(squares, jnp.max(count, -1))
+        return jnp.swapaxes(keep, -2, -3).reshape(gathered.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +321,10 @@ def mask_of_count(pattern: Pattern, scores: jax.Array, count: jax.Array | int) -
     def select_units(scores: jax.Array, count: jax.Array) -> jax.Array:
         gathered = pattern.gather(scores)
         count = count.reshape(count.shape + (1,) * (gathered.ndim - count.ndim))
-        keep = select.keep_top(gathered, count, pattern.axes)
+        own = getattr(pattern, "keep", None)
+        keep = (
+            select.keep_top(gathered, count, pattern.axes) if own is None else own(gathered, count)
+        )
         mask = pattern.scatter(keep, scores.shape)
         # Units of several weights: no NaN is in a kept one, but now the mask depends on the scores,
         # entry by entry, and the compiler puts it where they are.

@@ -76,6 +76,49 @@ def constant(share: float = 1.0) -> Schedule:
     return lambda step: jnp.full(jnp.shape(step), share, jnp.float32)
 
 
+def halving(n: int, m: int, begin: int, end: int) -> Schedule:
+    """Share of n:m sparsity on the way (m - 1):m, m/2:m, m/4:m, ..., n:m; 0 before `begin`.
+
+    The frames have equal length and the last one, n:m, starts at `end`.
+
+    Args:
+        n: Weights kept in the end, at least 1 and less than m.
+        m: Size of a group.
+        begin: Step at which (m - 1):m starts.
+        end: Step at which n:m starts.
+
+    Returns:
+        A schedule for `ste(distribution, schedule=)`, whose distribution has `NM(n, m)`.
+
+    Example:
+        >>> import jaxsparse as jsp
+        >>> share = jsp.halving(1, 8, begin=10, end=40)
+        >>> [round(8 - 7 * float(share(t))) for t in (9, 10, 20, 30, 40)]
+        [8, 7, 4, 2, 1]
+
+    Deviations: checked against the authors' code, which counts log2(m / n) + 1 frames of equal
+    length up to the end of the last; here `end` is the start of the last.
+
+    References: Bambhaniya et al., Progressive gradient flow, 2024, arXiv:2402.04744.
+    """
+    if not (0 < n < m and 0 <= begin <= end):
+        raise ValueError(
+            f"halving needs 0 < n < m and 0 <= begin <= end; got n={n}, m={m}, begin={begin}, "
+            f"end={end}."
+        )
+    kept = sorted({m - 1, n, *(m >> i for i in range(1, m.bit_length()) if m >> i > n)})[::-1]
+
+    def schedule(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step)
+        frame = (step - begin).astype(jnp.float32) / max(end - begin, 1) * (len(kept) - 1)
+        i = jnp.clip(jnp.floor(frame + 1e-4).astype(jnp.int32), 0, len(kept) - 1)
+        i = jnp.where(step >= end, len(kept) - 1, i)
+        shares = jnp.array([(m - k) / (m - n) for k in kept], jnp.float32)
+        return jnp.where(step >= begin, shares[i], jnp.float32(0))
+
+    return schedule
+
+
 def every(k: int, start: int = 0, stop: int | None = None) -> When:
     """True at step t with `start <= t < stop` and `(t - start) % k == 0`.
 

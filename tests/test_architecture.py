@@ -33,16 +33,24 @@ SEES = {
     "_masks": "patterns select schedules",
     "formats": "patterns pallas_kernels",
     "structured": "patterns pallas_kernels",
-    "attention": "pallas_kernels",
+    "attention": "pallas_kernels select",
     "moe": "pallas_kernels",
     "patterns": "select",  # make_mask joins the two
     **dict.fromkeys("select schedules activations dictionary pallas_kernels _tree".split(), ""),
 }
 ANY_ROOM = ("_report", "checkpoint", "testing", "jaxsparse")  # the last: jaxsparse/__init__.py
-PART_OF = {"allocators": "plans", "_report_table": "_report"}  # one room in two files
+PART_OF = {
+    "_regular": "select",
+    "allocators": "plans",
+    "_report_table": "_report",
+}  # one room in two files
 LEAF = "_tree"  # every room of jaxsparse may import it
 THIRD_PARTY = {"jaxsparse": {"jax", "numpy", "optax"}, "pallas_kernels": {"jax"}}
-THIRD_PARTY_OF_ROOM = {"nn": {"flax"}, "checkpoint": {"orbax", "etils"}}  # etils: orbax's paths
+THIRD_PARTY_OF_ROOM = {
+    "nn": {"flax"},
+    "checkpoint": {"orbax", "etils"},  # etils: orbax's paths
+    "attention": {"matplotlib"},  # imported when it plots
+}
 
 
 def read_tree():
@@ -171,7 +179,7 @@ def is_updater(thing, stored=False):
 
 
 def is_format(thing):
-    return inspect.isclass(thing) and hasattr(thing, "todense") and not is_protocol(thing)
+    return inspect.isclass(thing) and hasattr(thing, "__rmatmul__") and not is_protocol(thing)
 
 
 def is_pattern(thing):
@@ -180,6 +188,16 @@ def is_pattern(thing):
 
 def is_score(thing):
     return inspect.isfunction(thing) and thing.__module__.startswith("jaxsparse.scores.")
+
+
+def is_attention_pattern(thing):
+    returns = str(getattr(thing, "__annotations__", {}).get("return"))
+    return inspect.isfunction(thing) and returns == "BlockMask"
+
+
+def is_router(thing):
+    returns = str(getattr(thing, "__annotations__", {}).get("return"))
+    return inspect.isfunction(thing) and returns == "Router"
 
 
 def is_protocol(thing):
@@ -193,6 +211,8 @@ LISTS = {
     "PATTERNS": is_pattern,
     "SCORES": is_score,
     "FORMATS": is_format,
+    "ROUTERS": is_router,
+    "ATTENTION_PATTERNS": is_attention_pattern,
 }
 
 
@@ -236,7 +256,9 @@ def test_the_tree_keeps_the_rules(check):
 
 def test_every_public_name_is_documented_and_listed():
     sources = [file.read_text() for file in (ROOT / "tests/conformance").rglob("*.py")]
-    bad = check_documented(jaxsparse, listed_names(sources))
+    lists = listed_names(sources)
+    rooms = (jaxsparse, jaxsparse.attention, jaxsparse.moe)
+    bad = [complaint for room in rooms for complaint in check_documented(room, lists)]
     assert not bad, "\n".join(["", *bad])
 
 

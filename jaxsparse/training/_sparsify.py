@@ -58,7 +58,7 @@ def sparsify(
 
     Returns:
         A gradient transformation with the state `SparseState`; extra arguments of `update` reach
-        the updater and `inner`.
+        the updater and `inner`, which also gets `masks`, those of the view.
 
     Raises:
         ValueError: If `params` is missing in `update`, if `sparsify` is nested, or if the
@@ -122,7 +122,7 @@ def sparsify(
                 jax.tree.map(apply_leaf, grads, kept),
                 cleared,
                 jax.tree.map(apply_leaf, params, kept),
-                **extra,
+                **{"masks": old.masks, **extra},
             )
             if updater.regularize is not None:
                 _, updates = updater.regularize(params, old, grads, updates)

@@ -13,6 +13,7 @@ import optax.contrib
 from flax import nnx
 
 import jaxsparse as jsp
+from jaxsparse import attention
 
 SHAPES = {"kernel": (8, 16), "bias": (16,), "stack": (2, 8, 8)}  # matrix, dense, scanned layers
 
@@ -75,6 +76,21 @@ UPDATERS = {
         lambda d, key, p: jsp.ste(d), None, lambda pattern: jsp.global_(0.5, pattern), exact=False
     ),
     "sr_ste": Updater(lambda d, key, p: jsp.sr_ste(d, decay=0.1), None),
+    "s_ste": Updater(
+        lambda d, key, p: jsp.s_ste(d),
+        None,
+        lambda pattern: jsp.uniform(0.5, pattern if type(pattern) is jsp.NM else jsp.NM(2, 4)),
+    ),
+    "mask_decay": Updater(
+        lambda d, key, p: jsp.flip_meter(
+            jsp.dense_when(
+                jsp.mask_decay(d, fade=optax.linear_schedule(1, 0, 4), when=jsp.every(2)),
+                lambda step: step == 3,
+            )
+        ),
+        None,
+    ),
+    "cast": Updater(lambda d, key, p: jsp.cast(d, decay=0.1, when=jsp.every(2)), None),
 }
 
 
@@ -128,6 +144,7 @@ PATTERNS = {
     "unstructured": jsp.Unstructured(),
     "nm24": jsp.NM(2, 4),
     "nm14_out": jsp.NM(1, 4, axis=-1),
+    "transposable24": jsp.TransposableNM(2, 4),
     "block": jsp.Block((2, 4)),
     "channel_out": jsp.Channel(-1),
     "channel_in": jsp.Channel(-2),
@@ -308,6 +325,88 @@ def pairwise(*factors):
     return rows
 
 
+class AttentionPattern(NamedTuple):
+    """How to build a mask, and whether every query of every head sees itself under causality."""
+
+    build: Callable[..., attention.BlockMask]  # shape, block size, key
+    sees_itself: bool = True
+
+
+def _ids(shape):
+    return attention.segment_ids(jnp.array([20, 9, 17]), shape[0])
+
+
+def _scores(shape, block_size, key):
+    blocks = (-(-size // block) for size, block in zip(shape, block_size, strict=True))
+    return jax.random.normal(key, (1, 2, *blocks))
+
+
+ATTENTION_PATTERNS = {  # for 8 blocks of queries and of keys, the last of them not whole
+    "causal": AttentionPattern(lambda s, b, key: attention.causal(s, b)),
+    "window": AttentionPattern(lambda s, b, key: attention.sliding_window(s, b, left=11, right=3)),
+    "sinks": AttentionPattern(lambda s, b, key: attention.sinks(s, b, count=9), False),
+    "strided": AttentionPattern(lambda s, b, key: attention.strided(s, b, stride=7)),
+    "strided_merged": AttentionPattern(
+        lambda s, b, key: attention.strided(s, b, stride=16, merged=True)
+    ),
+    "fixed": AttentionPattern(lambda s, b, key: attention.fixed(s, b, stride=16, summary=4), False),
+    "moa": AttentionPattern(
+        lambda s, b, key: attention.moa(s, b, spans=[(8, 0.0), (4, 0.25)], sinks=5)
+    ),
+    "block_pattern": AttentionPattern(
+        lambda s, b, key: attention.block_pattern(lambda i, j: (i - j) % 3 == 0, s, b, causal=True)
+    ),
+    "s2": AttentionPattern(lambda s, b, key: attention.s2(s, b, heads=4, stride=4, local=1)),
+    "power_attention": AttentionPattern(lambda s, b, key: attention.power_attention(s, b)),
+    "pixelfly": AttentionPattern(lambda s, b, key: attention.pixelfly(s, b)),
+    "random_blocks": AttentionPattern(
+        lambda s, b, key: attention.random_blocks(s, b, count=2, key=key, heads=4), False
+    ),
+    "bigbird": AttentionPattern(
+        lambda s, b, key: attention.bigbird(s, b, key=key, random=1, heads=2)
+    ),
+    "documents": AttentionPattern(lambda s, b, key: attention.documents(_ids(s), b)),
+    "anchor_window": AttentionPattern(lambda s, b, key: attention.anchor_window(_ids(s), b)),
+    "block_rank": AttentionPattern(
+        lambda s, b, key: attention.block_rank(s, b, instruction=8, document=11, count=4)
+    ),
+    "neighbourhood": AttentionPattern(
+        lambda s, b, key: attention.neighbourhood(s, b, grid=(2, 2, 2), before=(1, 0, 1))
+    ),
+    "uniba": AttentionPattern(lambda s, b, key: attention.uniba(s, b, grid=(2, 4))),
+    "top_k_blocks": AttentionPattern(
+        lambda s, b, key: attention.top_k_blocks(_scores(s, b, key), s, b, count=3, causal=True)
+    ),
+    "top_p_blocks": AttentionPattern(
+        lambda s, b, key: attention.top_p_blocks(_scores(s, b, key), s, b, mass=0.7)
+    ),
+}
+
+
 def fast_jit(fn, **options):
     """Compiled without the optimisations of LLVM, which cost more than they bring here."""
     return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
+class RouterCase(NamedTuple):
+    """A router for 8 experts, and what is known of its routings."""
+
+    router: jsp.moe.Router
+    most: int  # choices a token has room for
+    sums_to_one: bool = False  # whether the weights of a token do
+    causal: bool = True  # whether a token's experts are independent of the other tokens
+
+
+ROUTERS = {
+    "token_choice": RouterCase(jsp.moe.token_choice(2, jitter=0.1), 2, sums_to_one=True),
+    "switch": RouterCase(jsp.moe.token_choice(1, normalize=False), 1),
+    "loss_free": RouterCase(jsp.moe.loss_free(2), 2, sums_to_one=True),
+    "top_p": RouterCase(jsp.moe.top_p(0.5, 4), 4),
+    "expert_choice": RouterCase(jsp.moe.expert_choice(2.0), 8, causal=False),
+    "threshold_choice": RouterCase(jsp.moe.threshold_choice(2.0, most=4), 4),
+    "relu_router": RouterCase(jsp.moe.relu_router(8), 8),
+    "hashed": RouterCase(jsp.moe.hashed(2), 2, sums_to_one=True),
+    "random": RouterCase(jsp.moe.random(2), 2, sums_to_one=True),
+    "given": RouterCase(jsp.moe.given(), 1, sums_to_one=True),
+    "among": RouterCase(jsp.moe.among(jsp.moe.token_choice(2)), 2, sums_to_one=True),
+}

@@ -53,7 +53,7 @@ def test_packed_and_eager_give_the_same(updater, pattern):
 
 
 def test_the_cover_holds_every_pair_and_stays_small():
-    assert len(ROWS) <= 250
+    assert len(ROWS) <= 260
     for i, first in enumerate(FACTORS):
         for j, second in enumerate(FACTORS[:i]):
             covered = {(row[i], row[j]) for row in ROWS}
