@@ -67,6 +67,13 @@ def schedule(topology: str, function: Callable[..., Any], *structs: Any, kernel:
         LookupError: If there is none; names what there is.
         RuntimeError: If libtpu was used before without this.
     """
+    return read(*written(topology, function, *structs, kernel=kernel))
+
+
+def written(
+    topology: str, function: Callable[..., Any], *structs: Any, kernel: str
+) -> tuple[str, str, int]:
+    """What `read` takes, of the kernel that `schedule` reads."""
     folder = pathlib.Path(dump_folder().name)
     for path in folder.iterdir():
         path.unlink()
@@ -77,27 +84,38 @@ def schedule(topology: str, function: Callable[..., Any], *structs: Any, kernel:
         found = {re.sub(r"^\d+-(.*?)-\d+-.*", r"\1", path.name) for path in folder.iterdir()}
         raise LookupError(f"no kernel {kernel!r} was compiled; there are {sorted(found)}")
     delay = 1 if topology.startswith("tpu7x") else 4  # bundles issued after a branch, taken or not
-    return read(bundles[-1].read_text(), use[-1].read_text(), delay)
+    return bundles[-1].read_text(), use[-1].read_text(), delay
 
 
 def read(bundles: str, use: str, delay: int) -> Schedule:
     """The schedule from the text of the bundles, and of the table of units that each one uses."""
+    way = walk(bundles, use, delay)
+    return Schedule(*way.path(), way.turns(), way.spills)
+
+
+def read_nested(bundles: str, use: str, delay: int) -> Schedule:
+    """The same of a kernel whose grid step is a loop: `step` of a turn of it, `end` beside it."""
+    way = walk(bundles, use, delay)
+    return Schedule(*way.nested(), way.turns(), way.spills)
+
+
+def walk(bundles: str, use: str, delay: int) -> Walk:
+    """The branches and units that `read` follows, from the same texts."""
     header, *rows = use.splitlines()[1:]
     names = [name.split(":")[-1].strip() for name in header.split(",")]
     units = [
         dict(zip(names, map(int, row.split()), strict=True)) for row in rows[2:] if row.strip()
     ]
     lines = _split(bundles)
-    walk = _Walk(
+    return Walk(
         delay=delay,
         jumps=_jumps(lines),
         product=[row["MATMUL"] > 0 for row in units],
         turn=[row["XLU"] > 0 for row in units],
         store=[row["VSTORE"] > 0 for row in units],
         copy=[bool(_COPY_IN.search(lines.get(at, ""))) for at in range(len(units))],
+        spills=sum(row["SPILL"] for row in units),
     )
-    step, end = walk.path()
-    return Schedule(step, end, walk.turns(), sum(row["SPILL"] for row in units))
 
 
 def _split(text: str) -> dict[int, str]:
@@ -126,7 +144,7 @@ def _jumps(lines: dict[int, str]) -> dict[int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Walk:
+class Walk:
     """The path of the usual step, from the branches and what each bundle does."""
 
     delay: int
@@ -135,6 +153,7 @@ class _Walk:
     turn: list[bool]
     store: list[bool]
     copy: list[bool]
+    spills: int
 
     def loops(self, begin: int, end: int) -> list[range]:
         """Loops within these bundles."""
@@ -170,21 +189,23 @@ class _Walk:
         inner = [r.start for r in fetches if last.start < r.start and r.stop <= last.stop]
         return {last.start, *inner[-1:]}
 
-    def path(self) -> tuple[int, int]:
-        """Bundles of the usual step, and of what it jumps over that has no loop."""
-        grid = max(
-            (
-                loop
-                for loop in self.loops(0, len(self.product))
-                if any(self.product[i] for i in loop)
-            ),
-            key=len,
-        )
-        branches = [
+    def grid(self) -> range:
+        """The loop over grid steps: the longest one that multiplies."""
+        loops = self.loops(0, len(self.product))
+        return max((loop for loop in loops if any(self.product[i] for i in loop)), key=len)
+
+    def branches(self, grid: range) -> list[tuple[int, int, int]]:
+        """What can be jumped over in a step: the jump, and from where to where."""
+        return [
             (at, at + 1 + self.delay, to)
             for at, to in sorted(self.jumps.items())
             if at in grid and at + 1 + self.delay < to < grid.stop
         ]
+
+    def path(self) -> tuple[int, int]:
+        """Bundles of the usual step, and of what it jumps over that has no loop."""
+        grid = self.grid()
+        branches = self.branches(grid)
         steady = self.steady_fetch([range(first, to) for _, first, to in branches])
         step, end, at = 0, 0, grid.start
         for branch, first, to in branches:
@@ -195,6 +216,29 @@ class _Walk:
             partial = any(self.product[first:to]) or self.fetches(first, to)
             end += 0 if partial else len(plain)
         return step + grid.stop - at, end
+
+    def nested(self) -> tuple[int, int]:
+        """Bundles of a turn of the innermost loop that multiplies, and of the outermost beside it.
+
+        Branches are taken over what has no product, if it also has a loop or starts no copy.
+        """
+        loops = [
+            loop for loop in self.loops(0, len(self.product)) if any(self.product[i] for i in loop)
+        ]
+        inner, outer = min(loops, key=len), max(loops, key=len)
+
+        def usual(loop: range) -> set[int]:
+            here = set(loop)
+            for at, to in self.jumps.items():
+                region = range(at + 1 + self.delay, to)
+                copies = any(self.copy[i] for i in region)
+                if at not in loop or to > loop.stop or any(self.product[i] for i in region):
+                    continue
+                if self.loops(region.start, region.stop) or not copies:
+                    here -= set(region)
+            return here
+
+        return len(usual(inner)), len(usual(outer) - set(inner))
 
     def turns(self) -> int:
         """Length of the loop that moves data through the transpose unit and multiplies nothing."""
