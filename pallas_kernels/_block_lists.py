@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ class BlockLists(NamedTuple):
     count: jax.Array
 
 
+@partial(jax.jit, static_argnums=(3, 4))
 def sorted_lists(
     index: jax.Array, kind: jax.Array, partial_: jax.Array, blocks: int, kinds: int
 ) -> BlockLists:
@@ -48,6 +50,28 @@ def sorted_lists(
     return BlockLists(key // kinds % blocks, key % kinds, full, count)
 
 
+@partial(jax.jit, static_argnums=1)
+def lists_of(kinds: jax.Array, number: int) -> BlockLists:
+    """The lists of a map `[B, A, R, C]` of kinds, -1 to number - 1."""
+    blocks = kinds.shape[-1]
+    index = jnp.arange(blocks, dtype=jnp.int32)
+    return sorted_lists(index, kinds, kinds > FULL, blocks, number)
+
+
+@partial(jax.jit, static_argnums=2)
+def times_listed(index: jax.Array, valid: jax.Array, blocks: int) -> jax.Array:
+    """How often each of `blocks` blocks stands in lists [..., W]; what is out of range is not."""
+    index = jnp.where(valid & (index >= 0), index, blocks)
+
+    def line(index: jax.Array) -> jax.Array:
+        return jnp.zeros(blocks, jnp.int32).at[index].add(1, mode="drop")
+
+    for _ in index.shape[:-1]:
+        line = jax.vmap(line)
+    return line(index)
+
+
+@partial(jax.jit, static_argnums=1)
 def kinds_of(lists: BlockLists, blocks: int) -> jax.Array:
     """The map [B, A, R, blocks] of kinds that lists describe."""
     live = jnp.arange(lists.index.shape[-1]) < lists.count[..., None]

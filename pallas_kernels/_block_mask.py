@@ -11,17 +11,26 @@ C key blocks, W places of a list.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jax.experimental import checkify
 
-from pallas_kernels._block_lists import FULL, NONE, BlockLists, kinds_of, sorted_lists
-from pallas_kernels._token_rules import Rule, Shifted, Window, both, either, opposite, spans
+from pallas_kernels._block_lists import FULL, NONE, BlockLists, kinds_of, lists_of, times_listed
+from pallas_kernels._join_masks import (
+    Join,
+    conjunction,
+    dense_of,
+    disjunction,
+    joined,
+    settled,
+    table_of,
+)
+from pallas_kernels._token_rules import Rule, Shifted, Window, opposite, spans
 
 
 @partial(
@@ -100,12 +109,9 @@ class BlockMask:
                 f"{shape} tokens in blocks of {block_size} are {_grid(shape, block_size)} blocks; "
                 f"block_map is {block_map.shape}."
             )
-        kinds = jnp.where(block_map, FULL, NONE)
-        if rule is not None:
-            some, every = rule.blocks(spans(shape, block_size))
-            kinds = jnp.where(some & block_map, jnp.where(every, FULL, 1), NONE)
         rules = () if rule is None else (rule,)
-        return cls._from_kinds(kinds, shape, block_size, rules, capacity)
+        kinds = settled(jnp.where(block_map, len(rules), NONE), rules, shape, block_size)
+        return cls._sorted(kinds, shape, block_size, rules, capacity)
 
     @classmethod
     def from_rule(
@@ -175,8 +181,7 @@ class BlockMask:
                 f"index must be [B or 1, heads, {rows} query blocks, places] for {shape} tokens in "
                 f"blocks of {block_size}; got {index.shape}."
             )
-        chosen = (index[..., None] == jnp.arange(cols)) & valid[..., None]  # [B, A, R, W, C]
-        times = chosen.sum(-2)
+        times = times_listed(index, valid, cols)
         _require(
             jnp.all(times.sum(-1) == valid.sum(-1)),
             f"an index of a key block is out of range: it must be 0 to {cols - 1} where valid.",
@@ -186,7 +191,84 @@ class BlockMask:
         return cls.from_dense(times > 0, block_size, shape=shape, rule=rule, capacity=width)
 
     @classmethod
-    def _from_kinds(
+    def from_kinds(
+        cls,
+        kinds: Any,
+        shape: tuple[int, int],
+        block_size: tuple[int, int],
+        *,
+        rules: tuple[Rule, ...] = (),
+        capacity: int | None = None,
+    ) -> BlockMask:
+        """The mask of a map of kinds: each block may have a rule of its own.
+
+        Args:
+            kinds: int32 `[B or 1, A, R, C]`: -1 for no block, 0 for a full one, c for one under
+                `rules[c - 1]`, which is left out if the rule allows nothing in it.
+            shape: (T, S), tokens.
+            block_size: (bq, bkv), tokens.
+            rules: Static.
+            capacity: As for `from_dense`.
+
+        Raises:
+            ValueError: If sizes do not fit, or on the host a kind has no rule; under checkify that
+                is a check.
+
+        Example:
+            >>> from pallas_kernels import BlockMask, Window
+            >>> heads = jnp.array([[[[1, 0], [0, 1]], [[2, -1], [2, 2]]]])  # two heads
+            >>> rules = (Window(None, 0), Window(1, 0))
+            >>> mask = BlockMask.from_kinds(heads, (4, 4), (2, 2), rules=rules)
+            >>> mask.todense()[0, :, 3].astype(int)
+            Array([[1, 1, 1, 1],
+                   [0, 0, 1, 1]], dtype=int32)
+        """
+        kinds = jnp.asarray(kinds)
+        if kinds.ndim != 4 or kinds.shape[2:] != _grid(shape, block_size):
+            raise ValueError(
+                f"kinds must be [B or 1, heads, *{_grid(shape, block_size)}] for {shape} tokens in "
+                f"blocks of {block_size}; got {kinds.shape}."
+            )
+        _require(
+            jnp.all((kinds >= NONE) & (kinds <= len(rules))),
+            f"a kind is out of range: it must be -1 to {len(rules)}, the number of rules.",
+        )
+        return cls._sorted(
+            settled(kinds, rules, shape, block_size), shape, block_size, rules, capacity
+        )
+
+    @classmethod
+    def from_heads(cls, masks: Sequence[BlockMask]) -> BlockMask:
+        """The mask of which the heads are those of the given masks, side by side.
+
+        Args:
+            masks: Of one shape and block size; each of 1 or B batch entries.
+
+        Raises:
+            ValueError: If sizes do not fit.
+
+        Example:
+            >>> from pallas_kernels import BlockMask, Window
+            >>> masks = [BlockMask.from_rule(Window(n, 0), (8, 8), (2, 2)) for n in (1, 3)]
+            >>> BlockMask.from_heads(masks).by_query.count[0]
+            Array([[1, 2, 2, 2],
+                   [1, 2, 3, 3]], dtype=int32)
+        """
+        if not masks:
+            raise ValueError("from_heads needs at least one mask; got none.")
+        first, rules, parts = masks[0], [], []
+        batch = max(mask.by_query.index.shape[0] for mask in masks)
+        for mask in masks:
+            first._check_alike(mask)
+            rules += [rule for rule in mask.rules if rule not in rules]
+            names = jnp.asarray([NONE, FULL, *(1 + rules.index(r) for r in mask.rules)], jnp.int32)
+            kinds = names[mask.kinds + 1]
+            parts.append(jnp.broadcast_to(kinds, (batch, *kinds.shape[1:])))
+        together = jnp.concatenate(parts, 1)
+        return cls._sorted(together, first.shape, first.block_size, tuple(rules))
+
+    @classmethod
+    def _sorted(
         cls,
         kinds: jax.Array,
         shape: tuple[int, int],
@@ -194,15 +276,9 @@ class BlockMask:
         rules: tuple[Rule, ...],
         capacity: int | None = None,
     ) -> BlockMask:
-        """The mask of a map `[B, A, R, C]` of kinds; rules that nothing uses may stay."""
-        rows, cols = kinds.shape[-2:]
-
-        def lists(kinds: jax.Array) -> BlockLists:
-            blocks = kinds.shape[-1]
-            index = jnp.arange(blocks, dtype=jnp.int32)
-            return sorted_lists(index, kinds, kinds > 0, blocks, len(rules) + 1)
-
-        by_query = lists(kinds)
+        """The mask of a map of kinds that already say which blocks are full or empty."""
+        cols = kinds.shape[-1]
+        by_query = lists_of(kinds, len(rules) + 1)
         if capacity is not None and capacity < cols:
             if capacity < 1:
                 raise ValueError(f"capacity must be at least 1; got {capacity}.")
@@ -219,7 +295,8 @@ class BlockMask:
                 jnp.minimum(count, capacity),
             )
             kinds = kinds_of(by_query, cols)
-        return cls(by_query, lists(kinds.swapaxes(-1, -2)), shape, block_size, rules)
+        by_key = lists_of(kinds.swapaxes(-1, -2), len(rules) + 1)
+        return cls(by_query, by_key, shape, block_size, rules)
 
     @property
     def kinds(self) -> jax.Array:
@@ -243,13 +320,7 @@ class BlockMask:
 
     def todense(self) -> jax.Array:
         """Bool `[B, A, T, S]`, token by token. For tests and pictures: T x S entries."""
-        (t, s), (bq, bkv) = self.shape, self.block_size
-        kinds = jnp.repeat(jnp.repeat(self.kinds, bq, -2), bkv, -1)[..., :t, :s]
-        q, k = jnp.arange(t)[:, None], jnp.arange(s)
-        dense = kinds == FULL
-        for kind, rule in enumerate(self.rules, 1):
-            dense |= (kinds == kind) & rule(q, k)
-        return dense
+        return dense_of(self.kinds, self.shape, self.block_size, self.rules)
 
     def density(self, *, causal: bool = False) -> jax.Array:
         """float32 scalar: listed blocks over all blocks, the mean over batch and heads.
@@ -264,70 +335,43 @@ class BlockMask:
 
     def __and__(self, other: BlockMask) -> BlockMask:
         """Pairs that both masks allow."""
-        return self._combined(other, _and)
+        return self._combined(other, conjunction)
 
     def __or__(self, other: BlockMask) -> BlockMask:
         """Pairs that either mask allows."""
-        return self._combined(other, _or)
+        return self._combined(other, disjunction)
 
     def __invert__(self) -> BlockMask:
         """Pairs that the mask does not allow."""
         kinds = self.kinds
         flipped = jnp.where(kinds == NONE, FULL, jnp.where(kinds == FULL, NONE, kinds))
         rules = tuple(map(opposite, self.rules))
-        return self._from_kinds(flipped, self.shape, self.block_size, rules)
+        return self._sorted(flipped, self.shape, self.block_size, rules)
 
-    def _combined(self, other: BlockMask, join: Any) -> BlockMask:
-        """The mask whose block (r, c) is `join` of those of the two; each is (listed, rule)."""
-        if not isinstance(other, BlockMask):
-            return NotImplemented
+    def _check_alike(self, other: BlockMask) -> None:
+        """Raise ValueError unless the two masks are of one shape and block size."""
         if (self.shape, self.block_size) != (other.shape, other.block_size):
             raise ValueError(
                 "masks combine if they have one shape and one block_size; got "
                 f"{self.shape} in {self.block_size} and {other.shape} in {other.block_size}."
             )
-        rules: list[Rule] = []
-        table = np.full((len(self.rules) + 2, len(other.rules) + 2), NONE)  # by kind + 1
-        for a, one in enumerate(self._states()):
-            for b, two in enumerate(other._states()):
-                listed, rule = join(one, two)
-                if listed and rule is not None and rule not in rules:
-                    rules.append(rule)
-                if listed:
-                    table[a, b] = FULL if rule is None else 1 + rules.index(rule)
-        heads = max(self.heads, other.heads)
-        if heads % self.heads or heads % other.heads:
+
+    def _combined(self, other: BlockMask, join: Join) -> BlockMask:
+        """The mask whose block (r, c) is `join` of those of the two."""
+        if not isinstance(other, BlockMask):
+            return NotImplemented
+        self._check_alike(other)
+        heads = self.heads, other.heads
+        if max(heads) % min(heads):
             raise ValueError(
-                "masks combine if the heads of one divide those of the other; got "
-                f"{self.heads} and {other.heads}."
+                f"masks combine if the heads of one divide those of the other; got {heads}."
             )
-        one, two = (jnp.repeat(mask.kinds, heads // mask.heads, 1) for mask in (self, other))
-        kinds = jnp.asarray(table, jnp.int32)[one + 1, two + 1]
-        some = kinds >= 0
-        for kind, rule in enumerate(rules, 1):  # what a joined rule makes full or empty
-            any_, every = rule.blocks(spans(self.shape, self.block_size))
-            here = kinds == kind
-            some &= ~here | any_
-            kinds = jnp.where(here & every, FULL, kinds)
-        kinds = jnp.where(some, kinds, NONE)
-        return self._from_kinds(kinds, self.shape, self.block_size, tuple(rules))
-
-    def _states(self) -> list[_State]:
-        """(listed, rule) of the kinds -1, 0, 1, ..."""
-        return [(False, None), (True, None), *((True, rule) for rule in self.rules)]
-
-
-_State = tuple[bool, Rule | None]  # of a block: whether it is listed, and the rule inside it
-
-
-def _and(one: _State, other: _State) -> _State:
-    return one[0] and other[0], both(one[1], other[1])
-
-
-def _or(one: _State, other: _State) -> _State:
-    if not (one[0] and other[0]):
-        return other if other[0] else one
-    return True, either(one[1], other[1])
+        batch = self.by_query.index.shape[0], other.by_query.index.shape[0]
+        if min(batch) not in (1, max(batch)):
+            raise ValueError(f"masks combine if they have as many batch entries or 1; got {batch}.")
+        table, rules = table_of(self.rules, other.rules, join)
+        kinds = joined(self.kinds, other.kinds, table, rules, self.shape, self.block_size)
+        return self._sorted(kinds, self.shape, self.block_size, rules)
 
 
 def _grid(shape: tuple[int, int], block_size: tuple[int, int]) -> tuple[int, int]:

@@ -210,6 +210,13 @@ def both(one: Rule | None, other: Rule | None) -> Rule | None:
     """The conjunction; None is the rule that allows everything."""
     if one is None or other is None or one == other:
         return one if other is None else other
+    if isinstance(one, Window) and isinstance(other, Window):
+        left, right = (
+            min((side for side in sides if side is not None), default=None)
+            for sides in ((one.left, other.left), (one.right, other.right))
+        )
+        if left is None or right is None or left + right >= 0:
+            return Window(left, right)
     return And(one, other)
 
 
