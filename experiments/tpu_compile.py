@@ -32,14 +32,19 @@ _ENVIRONMENT = {
 }
 
 
-@functools.cache
 def device(topology: str) -> Any:
     """A device of a topology as libtpu names it; programs can be compiled for it, not run."""
+    return devices_of(topology)[0]
+
+
+@functools.cache
+def devices_of(topology: str) -> Any:
+    """All devices of a topology, such as the 16 chips of "v5e:4x4"."""
     if not AVAILABLE:
         raise NotImplementedError("compiling for a TPU needs libtpu: pip install '.[test-kernels]'")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
 @contextlib.contextmanager

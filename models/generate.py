@@ -1,4 +1,4 @@
-"""Sampling from a `Transformer`: one jitted program, keys and values cached in a ring."""
+"""Sampling from a language model: one jitted program, keys and values cached in a ring."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.moe import MoETransformer
 from models.transformer import Transformer
 
 
 def generate(
-    model: Transformer,
+    model: Transformer | MoETransformer,
     prompt: jax.Array,
     length: int,
     *,

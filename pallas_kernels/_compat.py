@@ -59,6 +59,13 @@ def gpu_races_found() -> bool:
     return races is not None and bool(races.races_found)
 
 
+def has_ragged_all_to_all() -> bool:
+    """Whether the device that traced code will run on can send rows of uneven number."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.devices()[0].platform if described is None else described.platform
+    return platform != "cpu"
+
+
 def streaming_multiprocessors() -> int:
     """SMs of the GPU that traced code will run on; 132, those of an H100 or H200, without one."""
     described = jax.sharding.get_abstract_mesh().abstract_device
@@ -68,13 +75,13 @@ def streaming_multiprocessors() -> int:
     return device.core_count if device.platform == "gpu" else 132
 
 
-def gpu_row(row: Any) -> jax.Array:
-    """Entries of a reference in global memory, ready to be added to each row of wgmma sums."""
+def gpu_row(row: Any, axis: int = 1) -> jax.Array:
+    """Entries of a reference in global or shared memory, along one axis of wgmma sums."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     # JAX 0.10 takes an index, 0.12 takes none.
     index: Any = () if jax.__version_info__ >= (0, 11) else ((),)
-    return plgpu.load(row, *index, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+    return plgpu.load(row, *index, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
 
 
 # What Mosaic GPU lowers entry by entry. erf, expm1, log1p and others are not among it.
@@ -86,16 +93,36 @@ if jax.__version_info__ >= (0, 12):
     _GPU_OPERATIONS |= {"custom_jvp_call", "sqrt"}
 
 
+_GPU_RULE_OPERATIONS = _GPU_OPERATIONS | set("and not or rem xor".split())
+
+
 def runs_in_gpu_kernel(function: Callable[[jax.Array], jax.Array]) -> bool:
     """Whether Mosaic GPU has every operation of a function of float32 entries."""
-
-    def operations(jaxpr: Any) -> Iterator[str]:
-        for equation in jaxpr.eqns:
-            yield equation.primitive.name
-            for inner in jax.tree.leaves(list(equation.params.values())):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from operations(inner)
-
     closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct((64, 64), jnp.float32))
-    return not closed.consts and _GPU_OPERATIONS.issuperset(operations(closed.jaxpr))
+    names = {equation.primitive.name for equation in _equations(closed.jaxpr)}
+    return not closed.consts and _GPU_OPERATIONS.issuperset(names)
+
+
+def rule_runs_in_gpu_kernel(rule: Callable[[jax.Array, jax.Array], jax.Array]) -> bool:
+    """Whether Mosaic GPU has every operation of a rule about the positions of tokens."""
+    closed = jax.make_jaxpr(rule)(*[jax.ShapeDtypeStruct((64, 64), jnp.int32)] * 2)
+
+    def known(equation: Any) -> bool:
+        name = equation.primitive.name
+        if name == "broadcast_in_dim":
+            return not equation.invars[0].aval.shape
+        # To a bool it keeps the lowest bit, where JAX asks whether any is set.
+        to_bool = name == "convert_element_type" and equation.params["new_dtype"] == jnp.bool
+        return name in _GPU_RULE_OPERATIONS and not to_bool
+
+    return not closed.consts and all(map(known, _equations(closed.jaxpr)))
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a jaxpr and of those inside them."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)

@@ -100,3 +100,19 @@ def sum_to(a: jax.Array, like: jax.Array) -> jax.Array:
 def result_like(x: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     """What a kernel returns: of the dtype of x, varying over the mesh axes over which x does."""
     return jax.ShapeDtypeStruct(shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
+def in_turn(run: Callable[..., Any], batched: Any, *operands: Any) -> Any:
+    """Map over a leading axis by a loop, for what has no batched form, or a slow one.
+
+    `batched` says of each leaf of the operands whether it has that axis.
+    """
+    leaves, tree = jax.tree.flatten(operands)
+    over = jax.tree.leaves(batched)
+
+    def one(slices: list[jax.Array]) -> Any:
+        rest = iter(slices)
+        parts = [next(rest) if b else leaf for leaf, b in zip(leaves, over, strict=True)]
+        return run(*jax.tree.unflatten(tree, parts))
+
+    return lax.map(one, [leaf for leaf, b in zip(leaves, over, strict=True) if b])
