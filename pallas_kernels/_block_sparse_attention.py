@@ -7,6 +7,7 @@ bq x bkv costs 4 bq bkv D FLOPs forward and 10 backward. Nothing is of the size 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import _block_sparse_attention_gradient_xla as xla_gradient
 from pallas_kernels import _block_sparse_attention_xla as xla
 from pallas_kernels._attention_cases import CASES, reference
 from pallas_kernels._attention_plan import Extras, Form, of_entries, refined, to_map
@@ -39,7 +41,25 @@ class Implementation(NamedTuple):
     mass: Callable[..., Any]
 
 
-IMPLEMENTATIONS = {"xla": Implementation(xla.forward, xla.backward, xla.mass)}
+def _tpu() -> Any:
+    from pallas_kernels import _block_sparse_attention_backward_tpu  # late: Pallas takes 70 ms
+
+    return _block_sparse_attention_backward_tpu
+
+
+def _gpu() -> Any:
+    from pallas_kernels import _block_sparse_attention_gpu  # late: Mosaic GPU needs absl-py
+
+    return _block_sparse_attention_gpu
+
+
+IMPLEMENTATIONS = {
+    "xla": Implementation(xla.forward, xla_gradient.backward, xla.mass),
+    "tpu": Implementation(
+        lambda *a: _tpu().forward(*a), lambda *a: _tpu().backward(*a), lambda *a: _tpu().mass(*a)
+    ),
+    "gpu": Implementation(lambda *a: _gpu().forward(*a), lambda *a: _gpu().backward(*a), xla.mass),
+}
 
 
 def block_sparse_attention(
@@ -155,14 +175,15 @@ def block_sparse_attention(
         )
     q_ = _padded(q, rows * bq).swapaxes(1, 2).reshape(b, units, h // units, rows * bq, d)
     k_, v_ = (_padded(x, cols * bkv).swapaxes(1, 2) for x in (k, v))
+    choice = _fitting(choice, implementation, form, q_, k_, by_query, by_key, extras)
     attended: Any = _attention(choice, form, q_, k_, v_, by_query, by_key, extras)
     out, lse = attended
     results = [out.reshape(b, h, rows * bq, d).swapaxes(1, 2)[:, :t]]
     if return_lse:
         results.append(lse.reshape(b, h, rows * bq).swapaxes(1, 2)[:, :t])
     if return_block_mass:
-        sums: Any = _mass(choice, form, q_, k_, lse, by_query, extras)
-        real = jnp.minimum(bq, t - bq * jnp.arange(rows))[:, None]
+        sums: Any = _mass(choice, form, q_, k_, lse, by_query, by_key, extras)
+        real = jnp.minimum(bq, t - bq * jnp.arange(rows))[:, None].astype(sums.dtype)
         results.append(to_map(sums, by_query, cols).reshape(b, h, rows, cols) / real)
     return results[0] if len(results) == 1 else tuple(results)
 
@@ -196,6 +217,17 @@ def check(q: jax.Array, k: jax.Array, v: jax.Array, mask: BlockMask) -> None:
         raise TypeError(
             f"q, k and v must have one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}."
         )
+
+
+def _fitting(choice: str, asked: str | None, *problem: Any) -> str:
+    """`choice`, or "xla", with a warning, where its kernels cannot take the problem."""
+    kernels = {"tpu": _tpu, "gpu": _gpu}
+    reason = kernels[choice]().supports(*problem) if choice in kernels else ""
+    if reason and asked is not None:
+        raise NotImplementedError(f"block_sparse_attention: {reason}. Take implementation='xla'.")
+    if reason:
+        warnings.warn(f"implementation='xla' is taken here, for {reason}", stacklevel=3)
+    return "xla" if reason else choice
 
 
 def _padded(x: jax.Array, length: int) -> jax.Array:
@@ -259,7 +291,10 @@ def _attention_forward(choice, form, q, k, v, by_query, by_key, extras):
 def _attention_backward(choice, form, saved, gradients):
     q, k, v, by_query, by_key, extras, out, lse = saved
     dout, dlse = gradients
-    delta = jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), -1)
+    b, a, g, t, d = q.shape
+    # Summed in the layout in which callers hold them: no transposed copy on a CPU.
+    by_token = (x.astype(lse.dtype).reshape(b, a * g, t, d).swapaxes(1, 2) for x in (out, dout))
+    delta = jnp.sum(jnp.multiply(*by_token), -1).swapaxes(1, 2).reshape(lse.shape)
     delta = jnp.where(lse == -jnp.inf, 0, delta - dlse)
     run = _folded(partial(IMPLEMENTATIONS[choice].backward, form))
     dq, dk, dv, dbias = run(q, k, v, lse, dout, delta, by_query, by_key, extras)
@@ -277,18 +312,24 @@ def _mass(
     k: jax.Array,
     lse: jax.Array,
     by_query: BlockLists,
+    by_key: BlockLists,
     extras: Extras,
 ) -> jax.Array:
     run = partial(IMPLEMENTATIONS[choice].mass, form)
     return _folded(run)(q, k, lse, by_query, extras)
 
 
-def _mass_forward(choice, form, q, k, lse, by_query, extras):
-    return _mass(choice, form, q, k, lse, by_query, extras), (q, k, lse, by_query, extras)
+def _mass_forward(choice, form, q, k, lse, by_query, by_key, extras):
+    sums = _mass(choice, form, q, k, lse, by_query, by_key, extras)
+    return sums, (q, k, lse, by_query, by_key, extras)
 
 
 def _mass_backward(choice, form, saved, dmass):
-    raise NotImplementedError("the gradient of block mass")
+    """In plain JAX for every implementation."""
+    q, k, lse, by_query, by_key, extras = saved
+    run = _folded(partial(xla_gradient.mass_backward, form))
+    dq, dk, dlse, dbias = run(q, k, lse, dmass, by_query, by_key, extras)
+    return dq, dk, dlse, None, None, Extras(None, None, None, dbias, None)  # pyright: ignore
 
 
 _mass.defvjp(_mass_forward, _mass_backward)

@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _tuned
 from pallas_kernels._compat import Tpu, tpu
+from pallas_kernels._op import in_turn as in_turn
 from pallas_kernels._topology import Topology, Visits, visits
 
 LANES = 128
@@ -338,16 +339,3 @@ def compiler_params(device: Tpu, axes: int) -> Any:
         vmem_limit_bytes=vmem_limit(device),
         disable_bounds_checks=True,  # 50 to 200 cycles a step; interpret mode checks every copy
     )
-
-
-def in_turn(run: Any, batched: Any, *operands: Any) -> jax.Array:
-    """Map over a leading axis by a loop: a kernel with operands in HBM has no batched form."""
-    leaves, tree = jax.tree.flatten(operands)
-    over = jax.tree.leaves(batched)
-
-    def one(slices: list[jax.Array]) -> jax.Array:
-        rest = iter(slices)
-        parts = [next(rest) if b else leaf for leaf, b in zip(leaves, over, strict=True)]
-        return run(*jax.tree.unflatten(tree, parts))
-
-    return lax.map(one, [leaf for leaf, b in zip(leaves, over, strict=True) if b])
