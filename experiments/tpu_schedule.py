@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from experiments.tpu_compile import compile_for, device
+from experiments.tpu_compile import compile_for, devices_of
 
 _COPY_IN = re.compile(r" dma\.(hbm_to_vmem|general)\b")
 # Options of libtpu, read once a process. Only the last of about 70 stages is of interest.
@@ -50,7 +50,7 @@ class Schedule:
 @functools.cache
 def dump_folder() -> tempfile.TemporaryDirectory[str]:
     """Where libtpu puts its schedules; ask before it compiles anything, for it reads this once."""
-    if device.cache_info().currsize:
+    if devices_of.cache_info().currsize:
         raise RuntimeError(
             "libtpu has read its options; call dump_folder before anything is compiled"
         )

@@ -146,6 +146,6 @@ def test_modelled_forward_reaches_its_goals(chip):
 
 def test_schedules_are_asked_for_before_libtpu_is_used(monkeypatch):
     used = SimpleNamespace(cache_info=lambda: SimpleNamespace(currsize=1))
-    monkeypatch.setattr(tpu_schedule, "device", used)
+    monkeypatch.setattr(tpu_schedule, "devices_of", used)
     with pytest.raises(RuntimeError, match="call dump_folder before anything is compiled"):
         dump_folder.__wrapped__()
