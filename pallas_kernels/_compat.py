@@ -93,7 +93,7 @@ if jax.__version_info__ >= (0, 12):
     _GPU_OPERATIONS |= {"custom_jvp_call", "sqrt"}
 
 
-_GPU_RULE_OPERATIONS = _GPU_OPERATIONS | set("and not or rem xor".split())
+_GPU_RULE_OPERATIONS = _GPU_OPERATIONS | set("and or rem xor".split())
 
 
 def runs_in_gpu_kernel(function: Callable[[jax.Array], jax.Array]) -> bool:
