@@ -17,9 +17,9 @@ def training_flops(config: Config, kept: Mapping[str, float] | None = None) -> d
 
     A weight that is there costs a multiplication and an addition in three products: forward, the
     gradient of the input, the gradient of the weight; so 6 FLOPs a token. The entry `attention`
-    holds the two products of queries, keys and values over the (context + 1) / 2 tokens that a
-    causal token sees on average. Norms, rotations, softmax and the optimizer are left out, and
-    looking up an embedding is no product.
+    holds the two products of queries, keys and values over the tokens that one sees on average:
+    (context + 1) / 2 if dense, else the listed blocks, and what chooses them. Norms, rotations,
+    softmax and the optimizer are left out, and looking up an embedding is no product.
 
     Args:
         config: the model.
@@ -45,8 +45,7 @@ def training_flops(config: Config, kept: Mapping[str, float] | None = None) -> d
             flops[path] = 6.0 * math.prod(shape) * float(kept.pop(path, 1.0))
     if kept:
         raise ValueError(f"No matrix {sorted(kept)} in the model; it has {sorted(flops)}.")
-    seen = (config.context + 1) / 2
-    flops["attention"] = 12.0 * config.layers * config.heads * config.head_width * seen
+    flops["attention"] = 3.0 * config.layers * config.attention.flops(config)
     return flops
 
 

@@ -3,6 +3,7 @@
 RMSNorm before each sublayer, rotary positions (RoPE), SwiGLU, grouped-query attention, layers that
 are scanned: every weight of the blocks is one stacked array `[L, in, out]`. Each linear layer says
 `x @ w` with `w` its parameter `kernel`, so an array can give way to any sparse weight object.
+What a token attends to is an object: `Dense()`, `Static(pattern)` or `models.nsa.NSA()`.
 
 Shape letters: B batch, T tokens, S cached tokens, D width, H query heads, K key-value heads,
 F head width, L layers, V vocabulary.
@@ -15,13 +16,69 @@ arXiv:2305.13245.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+
+from jaxsparse.attention import BlockMask, block_sparse_attention
+
+
+class AttentionKind(Protocol):
+    """What a token attends to. A frozen dataclass: equal ones share a compiled program."""
+
+    def make(self, config: Config, *, rngs: nnx.Rngs) -> nnx.Module:
+        """A layer that is called as `Attention` is."""
+        ...
+
+    def flops(self, config: Config) -> float:
+        """Forward FLOPs of a token in one layer, beside those of the matrices named `kernel`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """To every token before it, and to itself."""
+
+    def make(self, config: Config, *, rngs: nnx.Rngs) -> nnx.Module:
+        """See `AttentionKind`."""
+        return Attention(config, rngs=rngs)
+
+    def flops(self, config: Config) -> float:
+        """Two products over the (context + 1) / 2 tokens that a token sees on average."""
+        return 2.0 * config.heads * config.head_width * (config.context + 1)
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """[B, T, H, F] and two of [B, T, K, F] -> [B, T, H, F]."""
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Static(Dense):
+    """To those that a pattern lists among the tokens before it, and itself; parameters as `Dense`.
+
+    Attributes:
+        pattern: Tokens T -> `BlockMask` of T queries and T keys, of 1 head or of a number that
+            divides `heads`. Give the same function each time: it is part of the config.
+    """
+
+    pattern: Callable[[int], BlockMask]
+
+    def flops(self, config: Config) -> float:
+        """Two products over the listed blocks that reach into the past, counted whole."""
+        mask = self.pattern(config.context)
+        (bq, bkv), (rows, cols) = mask.block_size, mask.grid
+        triangle = sum(min(cols, -(-(r + 1) * bq // bkv)) for r in range(rows))
+        seen = float(mask.density(causal=True)) * triangle * bq * bkv / config.context
+        return 4.0 * config.heads * config.head_width * seen
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """See `Dense`."""
+        return block_sparse_attention(q, k, v, self.pattern(q.shape[1]), causal=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +95,7 @@ class Config:
         hidden: width of the SwiGLU.
         context: tokens seen in training, and length of the ring that caches keys and values.
         rope_base: base of the rotary wavelengths.
+        attention: what a token attends to.
         tied: use the embedding as the head as well.
         remat: compute each block again in the backward pass instead of keeping its activations.
         unroll: layers per iteration of the scan; `layers` unrolls it whole.
@@ -53,6 +111,7 @@ class Config:
     hidden: int = 704
     context: int = 256
     rope_base: float = 10_000.0
+    attention: AttentionKind = Dense()
     tied: bool = False
     remat: bool = False
     unroll: int = 1
@@ -150,8 +209,14 @@ class Attention(nnx.Module):
             for project in (self.query, self.key, self.value)
         )
         q, k = rope(q, positions, base), rope(k, positions, base)
+        attention: Any = self.config.attention
         if cache is None:
-            y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            y = attention.attend(q, k, v)
+        elif type(attention) is not Dense:
+            raise NotImplementedError(
+                f"the cache of keys and values serves Dense() attention only; got {attention}. "
+                "Call the model on the whole text instead."
+            )
         else:  # a ring: slot = position mod S; an empty slot is one after the last position
             size = cache.key.shape[1]
             write = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
@@ -183,7 +248,7 @@ class Block(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         """Make one layer; `Transformer` stacks L of them."""
         self.attention_norm = RMSNorm(config.width)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = config.attention.make(config, rngs=rngs)
         self.mlp_norm = RMSNorm(config.width)
         self.mlp = SwiGLU(config, rngs=rngs)
 

@@ -8,15 +8,13 @@ from jaxsparse.attention._block_patterns import (
     random_blocks,
     s2,
 )
+from jaxsparse.attention._compress import MLPCompressor, PoolCompressor, compress
 from jaxsparse.attention._document_patterns import anchor_window, block_rank, documents, segment_ids
 from jaxsparse.attention._grid_patterns import blocked_order, neighbourhood, uniba
 from jaxsparse.attention._nsa import (
     KeyValue,
-    MLPCompressor,
     NSASizes,
-    PoolCompressor,
     all_queries,
-    compress,
     compressed_attention,
     first_query,
     nsa_attention,

@@ -10,8 +10,11 @@ import optax
 import pytest
 from flax import nnx
 
+from jaxsparse.attention import BlockMask, NSASizes, Window, s2, sliding_window
 from models.flops import parameter_count, parameter_shapes, training_flops
-from models.transformer import SIZES, Config, Transformer, rope
+from models.generate import generate
+from models.nsa import NSA
+from models.transformer import SIZES, Config, Static, Transformer, rope
 
 CONFIG = Config(
     vocab=31, width=16, layers=2, heads=4, kv_heads=2, head_width=8, hidden=24, context=12
@@ -187,3 +190,144 @@ def test_flops_of_a_token():
     assert sum(dense.values()) - sum(sparse.values()) == 0.75 * dense["layers/mlp/up/kernel"]
     with pytest.raises(ValueError, match="layers/mlp/upp/kernel"):
         training_flops(CONFIG, {"layers/mlp/upp/kernel": 0.25})
+
+
+def near(tokens):
+    return sliding_window((tokens, tokens), (4, 4), left=4)
+
+
+def shards(tokens):
+    return s2((tokens, tokens), (2, 2), heads=4, stride=2, local=1)
+
+
+def everything(tokens):
+    return BlockMask.from_rule(Window(None, None), (tokens, tokens), (4, 4))
+
+
+SMALL_NSA = NSASizes(4, 2, 4, count=2, initial=0, local=1, window=3, query_block=2)
+KINDS = {"s2": Static(shards), "nsa": NSA(SMALL_NSA, hidden=None)}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_sparse_attention_sees_no_later_token_and_reaches_every_parameter(kind):
+    model, x = make(attention=kind), tokens()
+
+    @nnx.jit
+    def run(model, x):
+        def loss(model):
+            logits = model(x)
+            return (logits**2).mean(), logits
+
+        return nnx.grad(loss, has_aux=True)(model)
+
+    gradients, before = run(model, x)
+    _, after = run(model, x.at[:, 7].set((x[:, 7] + 1) % CONFIG.vocab))
+    np.testing.assert_allclose(before[:, :7], after[:, :7], rtol=0, atol=1e-6)
+    assert not np.any(np.isclose(before[:, 7], after[:, 7]).all(-1))
+    for leaf in jax.tree.leaves(gradients):
+        assert np.isfinite(leaf).all() and np.any(leaf != 0)
+
+
+def test_a_static_pattern_has_the_parameters_of_dense_and_lists_all_of_it():
+    sparse = make(attention=Static(everything))
+    assert parameter_shapes(sparse.config) == parameter_shapes(CONFIG)
+    close(forward(sparse, tokens()), forward(make(), tokens()))
+    jax.tree.map(
+        lambda x, y: close(x, y, 1e-4), gradient(sparse, tokens()), gradient(make(), tokens())
+    )
+
+
+def test_a_window_sees_as_far_as_its_layers_reach():
+    model, x = make(attention=Static(near)), tokens()
+    before, after = (forward(model, y) for y in (x, x.at[:, 0].add(1)))
+    changed = ~np.all(np.isclose(before, after, atol=1e-6), axis=(0, 2))
+    assert changed.tolist() == [True] * 9 + [False] * 3  # two layers of a window of 4 before
+
+
+def dense_nsa(layer, x):
+    """What `NSAAttention` should give for x [B, T, D], from its weights, by masks of T x T."""
+    c, sizes, (b, t, _) = layer.config, layer.kind.sizes, x.shape
+    size, bq = sizes.select_block, sizes.query_block
+    f, groups, at = c.head_width, c.heads // c.kv_heads, jnp.arange(t)
+    q = rope(layer.query(x).reshape(b, t, c.heads, f), at, c.rope_base)
+    k, v = (y(x).reshape(b, t, 3, c.kv_heads, f) for y in (layer.key, layer.value))
+
+    def attend(k, v, seen):
+        k, v = (jnp.repeat(y, groups, 2) for y in (k, v))
+        scores = jnp.einsum("bthd,bshd->bhts", q, k) / f**0.5
+        some = seen.any(-1, keepdims=True)
+        p = jax.nn.softmax(jnp.where(seen | ~some, scores, -jnp.inf), -1) * some
+        return jnp.einsum("bhts,bshd->bthd", p, v), p
+
+    starts = jnp.arange(0, t - sizes.length + 1, sizes.stride)
+    blocks = starts[:, None] + jnp.arange(sizes.length)
+    coarse = []
+    for y, module in ((k, layer.compress_key), (v, layer.compress_value)):
+        chunk = y[:, blocks, 0] + module.position.get_value()[:, None]  # [B, N, l, K, F]
+        flat = chunk.swapaxes(2, 3).reshape(b, starts.size, c.kv_heads, -1)
+        coarse.append(jax.nn.gelu(flat @ module.up.get_value()) @ module.down.get_value())
+    ends = starts + sizes.length - 1
+    first, p = attend(rope(coarse[0], ends, c.rope_base), coarse[1], ends <= at[:, None])
+
+    # Tokens that a compressed one and a selection block share, in strides.
+    near = jnp.arange(-(-t // size)) * size
+    shared = jnp.minimum(ends[:, None] + 1, near + size) - jnp.maximum(starts[:, None], near)
+    p = p.reshape(b, c.kv_heads, groups, t, -1).sum(2)[:, :, at - at % bq]  # by the first query
+    importance = p @ (jnp.maximum(shared, 0) / sizes.stride)
+    own = (at - at % bq) // size
+    block = jnp.arange(near.size)
+    score = jnp.where(block > own[:, None], -1.0, jnp.where(block == own[:, None], 9.0, importance))
+    order = jnp.argsort(-score, -1)[..., : sizes.count]
+    hit = (order[..., None] == block).any(-2) & (block <= own[:, None])
+    seen = jnp.repeat(jnp.repeat(hit, size, -1)[..., :t], groups, 1) & (at <= at[:, None])
+    second = attend(rope(k[:, :, 1], at, c.rope_base), v[:, :, 1], seen)[0]
+    window = (at <= at[:, None]) & (at[:, None] - at < sizes.window)
+    third = attend(rope(k[:, :, 2], at, c.rope_base), v[:, :, 2], window)[0]
+    gates = jax.nn.sigmoid(layer.gate(x)).reshape(b, t, c.heads, 3, 1)
+    y = sum(gates[..., i, :] * out for i, out in enumerate((first, second, third)))
+    return layer.out(y.reshape(b, t, -1))
+
+
+def test_nsa_trains_through_our_kernels_as_by_dense_masks():
+    model = make(layers=1, attention=NSA(SMALL_NSA, hidden=6))
+    graph, stacked = nnx.split(model.layers)
+    graph, weights = nnx.split(nnx.merge(graph, jax.tree.map(lambda w: w[0], stacked)).attention)
+    x = jnp.asarray(np.random.standard_normal((2, 11, 16)), jnp.float32)
+    weight = np.random.standard_normal((2, 11, 16))
+
+    def weighted(attention):
+        def run(weights, x):
+            out = attention(nnx.merge(graph, weights), x)
+            return (out * weight).sum(), out
+
+        return jax.jit(jax.grad(run, (0, 1), has_aux=True))(weights, x)
+
+    got, out = weighted(lambda layer, x: layer(x, jnp.arange(11))[0])
+    want, expected = weighted(dense_nsa)
+    close(out, expected)
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), got, want)
+
+
+def test_parameters_and_flops_of_sparse_attention():
+    config = dataclasses.replace(CONFIG, attention=NSA(SMALL_NSA, hidden=6))
+    more = 2 * 2 * (2 * 16 * 16) + 2 * 16 * 3 * 4  # keys and values of two branches, gates
+    more += 2 * 2 * (4 * 8 + 4 * 8 * 6 + 6 * 8)  # two compressors a layer
+    assert parameter_count(config) == parameter_count(CONFIG) + more
+    dense = training_flops(CONFIG)["attention"]
+    assert training_flops(dataclasses.replace(CONFIG, attention=Static(near)))[
+        "attention"
+    ] == pytest.approx(dense / 6.5 * (4 + 8 + 8) / 3)  # blocks of 4: 1, 2 and 2 for 4 queries each
+    # (12 - 3) + (12 - 5) + ... compressed, 4 or 8 selected, 4 or 8 of the window.
+    seen = (9 + 7 + 5 + 3 + 1) / 12 + 2 * (4 + 8 + 8) / 3
+    perceptrons = 5 / 12 * 2 * 2 * (2 * 6 * (4 * 8 + 8))
+    assert training_flops(config)["attention"] == pytest.approx(
+        3 * 2 * (4 * 4 * 8 * seen + perceptrons)
+    )
+    pooled = dataclasses.replace(CONFIG, attention=NSA(SMALL_NSA, hidden=None))
+    assert training_flops(pooled)["attention"] < training_flops(config)["attention"]
+
+
+def test_generation_with_sparse_attention_says_that_it_cannot():
+    for kind in (Static(near), NSA(SMALL_NSA)):
+        with pytest.raises(NotImplementedError, match="serves Dense"):
+            generate(make(attention=kind), tokens(length=4), 2, key=jax.random.key(0))
