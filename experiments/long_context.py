@@ -144,7 +144,7 @@ def evaluate(run: Arm, params: Any, data: Data, batches_: int = 32) -> dict[str,
 
 def train(options: Options, arm: str, task: str, seed: int, out: Path, console: Any) -> dict:
     """Train and measure one model, or read what it gave before."""
-    about = {"arm": arm, "task": task, "seed": seed, **identity(options)}
+    about = {"arm": arm, "task": task, "seed": seed, **identity(options, task)}
     finished = out / "result.json"
     if finished.exists():
         found = json.loads(finished.read_text())
@@ -226,7 +226,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
     found["settings"] = {
-        **identity(options),
+        **identity(options, "recall"),
+        **identity(options, "text"),
         "seeds": options.seeds,
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
         "python": platform.python_version(),

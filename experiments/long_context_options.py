@@ -30,7 +30,7 @@ class Options:
     """Tokens of a block, of every sparse kind."""
     query_block: int = 1
     """Queries that share a selection in NSA."""
-    stages: tuple[tuple[int, int], ...] = ((64, 400), (256, 200), (768, 200))
+    stages: tuple[tuple[int, int], ...] = ((64, 400), (256, 300), (768, 300))
     """(context, steps) of recall, one after the other; measured at the last context."""
     text_steps: int = 200
     """Steps on text, at the last context."""
@@ -127,8 +127,11 @@ def plan(options: Options, task: str) -> list[tuple[int, int]]:
     return list(options.stages) if task == "recall" else [(options.context, options.text_steps)]
 
 
-def identity(options: Options) -> dict[str, Any]:
-    """What decides a run, JSON-able."""
-    left_out = ("out", "arms", "seeds", "every")
+def identity(options: Options, task: str) -> dict[str, Any]:
+    """What decides a run of a task, JSON-able."""
+    others = {"recall": ("text_steps", "data"), "text": ("stages",)}[task]
+    left_out = ("out", "arms", "seeds", "every", *others)
     fields = {k: v for k, v in dataclasses.asdict(options).items() if k not in left_out}
+    if task == "text":
+        fields["context"] = options.context
     return json.loads(json.dumps(fields, default=str))

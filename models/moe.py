@@ -21,7 +21,7 @@ from flax import nnx
 
 from jaxsparse import moe, nn
 from models import transformer
-from models.transformer import Attention, Cache, Linear, RMSNorm
+from models.transformer import Cache, Linear, RMSNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Block(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         """Make one layer; `MoETransformer` stacks L of them."""
         self.attention_norm = RMSNorm(config.width)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = config.attention.make(config, rngs=rngs)
         self.moe_norm = RMSNorm(config.width)
         self.moe = nn.MoE(
             config.width,

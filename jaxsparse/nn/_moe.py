@@ -120,7 +120,7 @@ class MoE(nnx.Module):
     def route(self, x: jax.Array, **evidence: Any) -> Routing:
         """Which experts see which of the tokens `[T, D]`, for evidence see `Router` and `Gate`."""
         weights = {name: value.get_value() for name, value in self.router.items()}
-        logits = self.chooser.logits(weights, x, self.up.get_value(), **evidence)
+        logits = self.chooser.logits(weights, x, self.gate.get_value(), **evidence)
         routing = self.choose.route(logits, self.state.get_value(), **evidence)
         if self.capacity_factor is not None:
             t, k = routing.experts.shape
