@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from experiments import moe_lm
+from experiments import moe_lm, moe_training
 from experiments.arm import bits_per_byte
 from experiments.expert_pruning import best, counts_of, watch
+from experiments.loop import Interrupted, Stop
 from experiments.moe_costs import costs
 from experiments.moe_lm_report import write_report
 from experiments.moe_training import Plan, flops, held_out, make_arm, parameters, train
@@ -228,3 +229,37 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
             dense, Plan(0, 60), runs.text, tmp_path / "x", runs.console,
             learning_rate=1e30, batch=2, limit=2,
         )  # fmt: skip
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(text, tmp_path, monkeypatch):
+    options = moe_lm.Options(
+        out=tmp_path, seeds=1, width=8, hidden=4, experts=4, chosen=2, copies=2, steps=4,
+        context=16, batch=2, limit=4, data=text,
+    )  # fmt: skip
+    runs = moe_lm.Runs(options, moe_lm.make_console())
+    config = moe_lm.configs(options)["experts"]
+    plan = Plan(0, 4, marks=moe_lm.quarters(4)[1:])
+
+    class Soon(Stop):
+        """Asked to stop from the third time on that somebody looks."""
+
+        looks = 0
+
+        @property
+        def asked(self):
+            self.looks += 1
+            return self.looks >= 3
+
+        @asked.setter
+        def asked(self, value):
+            pass
+
+    whole = runs.train("whole", config, plan).result
+    with monkeypatch.context() as patch:
+        patch.setattr(moe_training, "Stop", Soon)
+        with pytest.raises(Interrupted) as stopped:
+            runs.train("stopped", config, plan)
+    assert 0 < stopped.value.step < 4 and not (tmp_path / "stopped/result.json").exists()
+    assert runs.train("stopped", config, plan).result == whole
+    lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped")]
+    assert lines[0] == lines[1]
