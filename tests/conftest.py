@@ -1,6 +1,8 @@
 """What every test shares: 8 host devices, hypothesis profiles, seeds, strict dtype promotion."""
 
+import gc
 import os
+from pathlib import Path
 
 # XLA reads its flags when a process (each xdist worker, each subprocess) first uses a device.
 _FLAG = "--xla_force_host_platform_device_count"
@@ -25,6 +27,16 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "desk")
 def _numpy_seed():
     """No test depends on the order of the tests."""
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_programs():
+    """A compiled program keeps memory mapped, and Linux allows 65,530 maps: then XLA crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
