@@ -26,6 +26,7 @@ class Updater(NamedTuple):
     distribution: Callable[[jsp.Pattern], Any] = lambda pattern: jsp.uniform(0.5, pattern)
     exact: bool = True  # whether the counts of each leaf follow from shapes
     drawn: bool = True  # whether the first masks are computed from the weights
+    sums: bool = False  # whether the view holds a sum over weights, which devices round in parts
 
 
 def _fixed(distribution, key, params):
@@ -80,6 +81,7 @@ UPDATERS = {
         lambda d, key, p: jsp.s_ste(d),
         None,
         lambda pattern: jsp.uniform(0.5, pattern if type(pattern) is jsp.NM else jsp.NM(2, 4)),
+        sums=True,  # its scale
     ),
     "mask_decay": Updater(
         lambda d, key, p: jsp.flip_meter(
