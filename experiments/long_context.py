@@ -38,6 +38,7 @@ from models.flops import parameter_count, training_flops
 from models.transformer import Dense, Transformer
 
 TASKS = ("recall", "text")
+FASTER = ("embedding", "norm", "compress")  # what is no matrix takes ten times the learning rate
 
 
 @lru_cache
@@ -56,7 +57,7 @@ def make_arm(options: Options, arm: str, task: str) -> Arm:
 
     def faster(path: Any, update: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path)
-        return 10 * update if "embedding" in name or "norm" in name else update
+        return 10 * update if any(part in name for part in FASTER) else update
 
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),

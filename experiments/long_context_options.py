@@ -30,14 +30,14 @@ class Options:
     """Tokens of a block, of every sparse kind."""
     query_block: int = 1
     """Queries that share a selection in NSA."""
-    stages: tuple[tuple[int, int], ...] = ((64, 400), (256, 300), (768, 300))
+    stages: tuple[tuple[int, int], ...] = ((64, 400), (256, 200), (768, 200))
     """(context, steps) of recall, one after the other; measured at the last context."""
     text_steps: int = 200
     """Steps on text, at the last context."""
     tokens: int = 2048
     """Tokens of a step; short contexts come in larger batches."""
     learning_rate: float = 5e-3
-    """Of the matrices; embedding and norms take ten times that."""
+    """Of the matrices; embedding, norms and compression take ten times that."""
     data: Path = BUNDLED
     """The text."""
     every: int = 50
@@ -82,10 +82,10 @@ class Shards:
 
 
 def nsa(options: Options) -> AttentionKind:
-    """One compressed token a block; of the selected blocks one is chosen, the other its own."""
+    """A compressed token for each two blocks, one a block; selected are the own and one other."""
     size = options.block
     sizes = NSASizes(
-        length=size,
+        length=2 * size,
         stride=size,
         select_block=size,
         count=2,
@@ -116,6 +116,7 @@ def model_config(options: Options, arm: str, task: str) -> Config:
         kv_heads=1,
         head_width=32,
         hidden=2 * options.width,
+        rope_base=500_000.0,  # content must match over hundreds of tokens, with 16 wavelengths
         context=options.context,
         unroll=2,
         attention=KINDS[arm](options),
